@@ -1,0 +1,52 @@
+"""smearlens: hook, measure and test how sequence models look back.
+
+Every public name can be imported from here and is loaded on first use, so that a metric does not
+pull in TransformerLens and `import smearlens` itself takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "smearlens.models.conv_attn": ("ConvAttn", "ConvAttnConfig"),
+    "smearlens.models.attn_attn": ("AttnAttn", "AttnAttnConfig"),
+    "smearlens.models.base": ("HookedModel", "ModelFileError", "load_model"),
+    "smearlens.nn.attention": ("Attention",),
+    "smearlens.nn.conv": ("DepthwiseConv", "KeySmear"),
+    "smearlens.analysis.mixing": ("Mixing", "mixings"),
+    "smearlens.analysis.scores": ("Scores",),
+    "smearlens.analysis.heads": (
+        "alignment_mass", "duplicate_token_score", "induction_score", "prefix_matching_score",
+        "prev_token_score", "stripe_score",
+    ),
+    "smearlens.analysis.patterns": (
+        "attention_entropy", "attention_span", "future_mass", "head_diversity", "lag_profile",
+        "self_mass", "sink_mass",
+    ),
+    "smearlens.analysis.kernels": (
+        "kernel_profile", "score_by_lag", "smear_coefficient", "smear_evidence",
+    ),
+    "smearlens.analysis.similarity": ("layer_similarity", "linear_cka"),
+    "smearlens.analysis.behaviour": (
+        "ar_split", "icl_score", "induction_accuracy", "induction_loss", "per_token_loss",
+    ),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'smearlens' has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

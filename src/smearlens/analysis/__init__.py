@@ -1,0 +1,1 @@
+"""Pure functions from activations to numbers; knows no model."""

@@ -1,0 +1,321 @@
+"""Scores of heads by where they look: previous token, duplicate, induction, prefix, stripe.
+
+Each is the mean, over the rows where its target exists, of the weight on the target. Given a cache
+it returns `Scores`; given one pattern tensor, the values [example head]. Leaves out statistics that
+have no target (`analysis.patterns`) and how rows are read (`analysis.rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from smearlens.analysis.rows import Metric, RowBlock, RowFunction, RowOptions, measure
+
+Targets = Callable[[RowBlock], Bool[Tensor, "batch rows key"]]
+
+
+def prev_token_score(source: Any, **options: Any) -> Any:
+    r"""Mean weight on the token just before the query.
+
+    $$\operatorname{mean}_{q \ge 1} A[q, q-1]$$
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        **options: fields of `RowOptions`
+
+    Returns:
+        `Scores` in [0, 1]; control: the mean weight on the other earlier tokens. Uniform causal
+        attention over L tokens scores (H_L - 1) / (L - 1), H the harmonic number.
+
+    Source:
+        Olsson et al. 2022, "In-context Learning and Induction Heads": previous-token head
+    """
+
+    def other_past(block: RowBlock) -> tuple[Tensor, Tensor]:
+        past = (block.lag >= 2) & block.allowed
+        count = past.sum(-1)
+        return (block.weights * past).sum(-1) / count.clamp_min(1), count > 0
+
+    return measure(
+        source,
+        Metric("prev_token_score", lambda block: block.at(block.lag == 1), other_past),
+        RowOptions(**options),
+    )
+
+
+def duplicate_token_score(source: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
+    r"""Mean weight on earlier occurrences of the query's own token.
+
+    $$\operatorname{mean}_{q} \sum_{k < q,\; x_k = x_q} A[q, k]$$ over rows with such a k.
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        tokens: what the model was run on
+        **options: fields of `RowOptions`
+
+    Returns:
+        `Scores` in [0, 1]; control: the same with the tokens of another example of the batch
+
+    Source:
+        the duplicate-token head of Wang et al. 2022; TransformerLens `head_detector`
+    """
+    return prefix_matching_score(source, tokens, offset=0, name="duplicate_token_score", **options)
+
+
+def induction_score(
+    source: Any,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    kind: Literal["match", "diagonal"] = "match",
+    include_boundary: bool = True,
+    **options: Any,
+) -> Any:
+    r"""Mean weight on the tokens that followed earlier occurrences of the query's token.
+
+    $$\operatorname{mean}_{q} \sum_{k < q,\; x_k = x_q} A[q, k + 1]$$ over rows with such a k: on
+    repeated random tokens, the rows of the second and later repeats.
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        tokens: what the model was run on; draw the period per example, or the control cannot tell
+            matching from a fixed lag
+        kind: "diagonal" is the mean of all entries of lag T - 1 on [BOS, s, s] or [s, s], for
+            comparison with published numbers only: two of its entries are no induction positions,
+            so a perfect head that rests on BOS gets 0.963 at T = 25
+        include_boundary: False drops rows whose arrival (previous token, token) is new, such as the
+            first token of the second repeat
+        **options: fields of `RowOptions`
+
+    Returns:
+        `Scores` in [0, 1]. Control: the same with the tokens of another example of the batch; a
+        head that looks a fixed distance back on a fixed period scores as high there.
+
+    Raises:
+        ValueError: if tokens and pattern differ in size, or no token occurs twice
+
+    Source:
+        Olsson et al. 2022, prefix matching; the stripe of lag T - 1
+    """
+    if kind == "diagonal":
+        return _diagonal_score(source, tokens, options)
+    if kind != "match":
+        raise ValueError(f"kind must be 'match' or 'diagonal', got {kind!r}")
+    return prefix_matching_score(
+        source, tokens, offset=1, include_boundary=include_boundary,
+        name="induction_score", **options,
+    )  # fmt: skip
+
+
+def prefix_matching_score(
+    source: Any,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    offset: int | tuple[int, ...] = 1,
+    aggregate: Literal["sum", "mean"] = "sum",
+    include_boundary: bool = True,
+    name: str = "prefix_matching_score",
+    **options: Any,
+) -> Any:
+    """Mean weight on positions `offset` after earlier occurrences of the query's token.
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        tokens: what the model was run on
+        offset: +1 is what induction needs (attend to what followed); -1 is the wording of Olsson et
+            al. 2022 ("the tokens that preceded"); 0 is the duplicate-token score. Several, such as
+            (-1, 0, 1), give a dictionary of results
+        aggregate: "sum" is the total weight on these positions, "mean" the mean entry
+        include_boundary: as in `induction_score`
+        name: of the metric, in the result
+        **options: fields of `RowOptions`
+
+    Returns:
+        as `induction_score`, or a dictionary from offset to that
+
+    Source:
+        Olsson et al. 2022, "head activation evaluators"
+    """
+    if isinstance(offset, tuple):
+        return {
+            o: prefix_matching_score(
+                source, tokens, offset=o, aggregate=aggregate, include_boundary=include_boundary,
+                name=f"{name}({o:+d})", **options,
+            )
+            for o in offset
+        }  # fmt: skip
+    if aggregate not in ("sum", "mean"):
+        raise ValueError(f"aggregate must be 'sum' or 'mean', got {aggregate!r}")
+    tokens = _checked_tokens(tokens)
+
+    def weight_at(given: Tensor) -> RowFunction:
+        targets = _earlier(given, offset, include_boundary)
+
+        def value(block: RowBlock) -> tuple[Tensor, Tensor]:
+            _check_fit(block, given)
+            target = targets(block)[:, None] & block.allowed
+            total, count = (block.weights * target).sum(-1), target.sum(-1)
+            return total / count.clamp_min(1) if aggregate == "mean" else total, count > 0
+
+        return value
+
+    control = weight_at(tokens.roll(1, 0)) if tokens.shape[0] > 1 else None
+    return measure(source, Metric(name, weight_at(tokens), control), RowOptions(**options))
+
+
+def stripe_score(
+    source: Any,
+    detection: Bool[Tensor, "query key"] | Bool[Tensor, "batch query key"],
+    *,
+    normalise_by: Literal["row", "mul", "abs"] = "row",
+    **options: Any,
+) -> Any:
+    """Agreement of the weights with a detection pattern D of zeros and ones.
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        detection: True where the head should look
+        normalise_by: "row": mean over rows with a detected key of the detected weight; "mul":
+            Σ A·D / Σ A; "abs": 1 - mean over rows of Σ |A - D|. The last two count every row, so
+            that a perfect induction head on two repeats reaches 0.5 only: read `.maximum`
+        **options: fields of `RowOptions`
+
+    Source:
+        TransformerLens `head_detector.detect_head`
+    """
+    if normalise_by not in ("row", "mul", "abs"):
+        raise ValueError(f"normalise_by must be 'row', 'mul' or 'abs', got {normalise_by!r}")
+    wanted = detection if detection.ndim == 3 else detection[None]
+
+    def target(block: RowBlock) -> Tensor:
+        if wanted.shape[-1] != block.weights.shape[-1]:
+            raise ValueError(
+                f"detection {list(detection.shape)} does not fit rows of "
+                f"{block.weights.shape[-1]} keys; give [query key] of the pattern's size"
+            )
+        return wanted[:, None, block.start : block.start + block.weights.shape[-2]] & block.allowed
+
+    def value(block: RowBlock) -> tuple[Tensor, Tensor]:
+        weight, some = block.at(target(block))
+        if normalise_by == "abs":
+            weight = 1 - (block.weights - target(block).to(block.weights.dtype)).abs().sum(-1)
+        return weight, some if normalise_by == "row" else torch.ones_like(some)
+
+    def ceiling(block: RowBlock) -> Tensor:
+        count = target(block).sum(-1)
+        return torch.where(count > 1, 2 - count, count) if normalise_by == "abs" else count > 0
+
+    metric = Metric(f"stripe_score({normalise_by})", value, ceiling=ceiling)
+    return measure(source, metric, RowOptions(**options))
+
+
+def alignment_mass(
+    source: Any,
+    alignment: Int[Tensor, "batch query"],
+    *,
+    shift: int = 0,
+    accuracy: bool = False,
+    **options: Any,
+) -> Any:
+    """Mean weight of cross attention on the source position that belongs to each target position.
+
+    Args:
+        source: a cache, or a pattern [batch head query key]
+        alignment: source index per target position, -1 where there is none
+        shift: added to the alignment
+        accuracy: the fraction of rows whose largest weight lies there, instead of the weight
+        **options: fields of `RowOptions`
+    """
+
+    def value(block: RowBlock) -> tuple[Tensor, Tensor]:
+        index = alignment[:, block.start : block.start + block.weights.shape[-2], None]
+        here = (block.key == index + shift) & (index >= 0)
+        if accuracy:
+            hit = (
+                here[:, None]
+                .expand_as(block.weights)
+                .gather(
+                    -1,
+                    block.weights.argmax(-1, keepdim=True).expand(
+                        *here[:, None].shape[:1], -1, -1, -1
+                    ),
+                )
+            )
+            return hit.squeeze(-1).to(block.weights.dtype), here.any(-1)[:, None]
+        return block.at(here[:, None])
+
+    name = "alignment_accuracy" if accuracy else "alignment_mass"
+    return measure(source, Metric(name, value), RowOptions(**options))
+
+
+def _earlier(tokens: Int[Tensor, "batch pos"], offset: int, include_boundary: bool) -> Targets:
+    """Targets: positions k + offset (<= q) of k < q with the query's token."""
+    seen = _arrival_seen(tokens) if not include_boundary else None
+
+    def targets(block: RowBlock) -> Bool[Tensor, "batch rows key"]:
+        start, stop = block.start, block.start + block.weights.shape[-2]
+        match = (tokens[:, start:stop, None] == tokens[:, None, :]) & (block.lag > 0)
+        moved = torch.zeros_like(match)
+        if offset > 0:
+            moved[..., offset:] = match[..., :-offset]
+        elif offset < 0:
+            moved[..., :offset] = match[..., -offset:]
+        else:
+            moved = match
+        moved &= block.lag >= 0
+        return moved if seen is None else moved & seen[:, start:stop, None]
+
+    return targets
+
+
+def _arrival_seen(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """True at t where the pair (x[t-1], x[t]) stood somewhere before."""
+    pair = torch.stack((tokens[:, :-1], tokens[:, 1:]), -1)
+    equal = (pair[:, :, None] == pair[:, None]).all(-1).tril(-1).any(-1)
+    return torch.nn.functional.pad(equal, (1, 0))
+
+
+def _diagonal_score(source: Any, tokens: Int[Tensor, "batch pos"], options: dict) -> Any:
+    """Mean of every entry of the diagonal of lag T - 1."""
+    period = common_period(tokens)
+
+    metric = Metric("induction_score(diagonal)", lambda block: block.at(block.lag == period - 1))
+    return measure(source, metric, RowOptions(**options))
+
+
+def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
+    """The one period T at which every example repeats: x[t] = x[t - T] for all t >= T (BOS aside).
+
+    Raises:
+        ValueError: if there is none
+    """
+    length = tokens.shape[1]
+    for period in range(1, length):
+        body = tokens[:, (length % period == 1) :] if length > 2 else tokens
+        if body.shape[1] > period and bool((body[:, period:] == body[:, :-period]).all()):
+            return period
+    raise ValueError(
+        "kind='diagonal' needs one period for all examples ([BOS, s, s] or [s, s]); "
+        "use kind='match' for varied periods"
+    )
+
+
+def _checked_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
+    """Tokens as [batch pos] on the CPU."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
+        given = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else tokens
+        raise TypeError(f"tokens must be an integer tensor [batch pos], got {given!r}")
+    return (tokens if tokens.ndim == 2 else tokens[None]).cpu()
+
+
+def _check_fit(block: RowBlock, tokens: Tensor) -> None:
+    n_examples, _, _, n_keys = block.weights.shape
+    if tokens.shape[1] != n_keys or (n_examples > 1 and tokens.shape[0] != n_examples):
+        raise ValueError(
+            f"tokens {list(tokens.shape)} do not belong to a pattern of {n_examples} examples and "
+            f"{n_keys} keys; pass the tokens the model was run on"
+        )

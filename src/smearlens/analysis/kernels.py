@@ -1,0 +1,274 @@
+"""What a convolution kernel says about smearing, and how far it can be trusted.
+
+Kernel profiles by lag, smear coefficients of any module, attention scores split by lag, and how
+convolution and attention compose. Leaves out removing lags from a running model (`causal.ablate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smearlens.analysis.bands import kernel_lags
+from smearlens.analysis.stats import bootstrap_interval
+
+
+@dataclass(frozen=True)
+class KernelProfile:
+    """A depthwise kernel summarised by lag, every array [lag].
+
+    Attributes:
+        lags: in tokens; 1 is the previous token, negative lags read the future
+        rms: root mean square over channels
+        share: Σ_c w² at the lag over Σ w²
+        mean_abs: mean over channels of |w|
+        signed_mean: mean over channels of w. Not identifiable: flipping the sign of a channel and
+            of what reads it changes this number and not the function; never judge by it
+        low, high: 95 % bootstrap interval of the RMS over channels
+        null_rms: RMS of an untrained kernel (uniform within ±1/√K)
+        null_high: 97.5 % quantile of the RMS of untrained kernels of this size
+        null_signed: 97.5 % quantile of |signed mean| of untrained kernels of this size
+    """
+
+    lags: list[int]
+    rms: Float[Tensor, " lag"]
+    share: Float[Tensor, " lag"]
+    mean_abs: Float[Tensor, " lag"]
+    signed_mean: Float[Tensor, " lag"]
+    low: Float[Tensor, " lag"]
+    high: Float[Tensor, " lag"]
+    null_rms: float
+    null_high: float
+    null_signed: float
+
+    @property
+    def future_share(self) -> float:
+        """Share of the squared weight on taps that read the future."""
+        return float(sum(s for lag, s in zip(self.lags, self.share, strict=True) if lag < 0))
+
+    def records(self) -> list[dict[str, float]]:
+        """One dictionary per lag."""
+        columns = ("rms", "low", "high", "share", "mean_abs", "signed_mean")
+        return [
+            {"lag": lag, **{c: float(getattr(self, c)[i]) for c in columns}}
+            for i, lag in enumerate(self.lags)
+        ]
+
+    def __repr__(self) -> str:
+        lines = [" lag     rms  [95% interval]   share  signed mean"]
+        lines += [
+            f"{r['lag']:>4} {r['rms']:>7.3f}  [{r['low']:>6.3f}, {r['high']:>6.3f}] "
+            f"{r['share']:>7.3f} {r['signed_mean']:>12.3f}"
+            for r in self.records()
+        ]
+        lines.append(
+            f"untrained: rms {self.null_rms:.3f} (97.5 % below {self.null_high:.3f}), "
+            f"|signed mean| 97.5 % below {self.null_signed:.3f}"
+        )
+        return "\n".join(lines)
+
+
+def kernel_profile(
+    source: Mapping[str, Tensor] | Float[Tensor, "channel tap"] | Any,
+    *,
+    layer: str | None = None,
+    lags: Sequence[int] | None = None,
+) -> KernelProfile:
+    """Profile of a depthwise kernel by lag, with interval and the null at initialisation.
+
+    Args:
+        source: a cache with `{layer}.hook_kernel`, or the weights [channel tap]
+        layer: which convolution ("blocks.0.conv"); needed only if the cache holds several
+        lags: lag of each tap. Default for a cache: found from the activations; for weights 0..K-1
+
+    Raises:
+        ValueError: if the cache holds no kernel, or several and `layer` is not given
+    """
+    if isinstance(source, Tensor):
+        kernel = source
+        lags = list(range(source.shape[1])) if lags is None else list(lags)
+    else:
+        layer = only_layer(source, "hook_kernel", layer)
+        kernel = source[f"{layer}.hook_kernel"]
+        lags = kernel_lags(source, layer) if lags is None else list(lags)
+    kernel = kernel.detach().double()
+    if len(lags) != kernel.shape[1]:
+        raise ValueError(f"{len(lags)} lags for {kernel.shape[1]} taps; give one lag per tap")
+    order = sorted(range(len(lags)), key=lambda i: lags[i])
+    kernel = kernel[:, order]
+    square = bootstrap_interval(kernel.square()).sqrt()
+    null = _untrained(*kernel.shape)
+    return KernelProfile(
+        lags=[lags[i] for i in order],
+        rms=kernel.square().mean(0).sqrt(),
+        share=kernel.square().sum(0) / kernel.square().sum(),
+        mean_abs=kernel.abs().mean(0),
+        signed_mean=kernel.mean(0),
+        low=square[:, 0],
+        high=square[:, 1],
+        null_rms=float((3 * kernel.shape[1]) ** -0.5),  # s.d. of uniform ± 1/√K
+        null_high=float(np.quantile(np.sqrt((null**2).mean(1)), 0.975)),
+        null_signed=float(np.quantile(np.abs(null.mean(1)), 0.975)),
+    )
+
+
+@dataclass(frozen=True)
+class SmearFit:
+    """Least squares k'_t ≈ a k_t + b k_{t-1} per head, each [head]."""
+
+    a: Float[Tensor, " head"]
+    b: Float[Tensor, " head"]
+    r2: Float[Tensor, " head"]
+
+    @property
+    def coefficient(self) -> Float[Tensor, " head"]:
+        """The ratio b / (|a| + |b|): 0 without smearing, 0.5 for equal parts, negative for a difference."""
+        return self.b / (self.a.abs() + self.b.abs())
+
+
+def smear_coefficient(
+    smeared: Float[Tensor, "batch pos head d_head"], plain: Float[Tensor, "batch pos head d_head"]
+) -> SmearFit:
+    """How much of each key is the previous token's key, whatever module put it there.
+
+    Args:
+        smeared: keys as they enter the scores (`hook_k` of a run)
+        plain: keys without the module: `hook_k` of a run with it ablated (`causal.ablate`)
+
+    Returns:
+        the fit; R² says how far "a mixture of this key and the last" describes the module at all
+    """
+    if smeared.shape != plain.shape or smeared.ndim != 4:
+        raise ValueError(
+            f"smeared and plain keys must both be [batch pos head d_head], got "
+            f"{list(smeared.shape)} and {list(plain.shape)}"
+        )
+    y, now, before = (t.double() for t in (smeared[:, 1:], plain[:, 1:], plain[:, :-1]))
+
+    def dot(p: Tensor, q: Tensor) -> Tensor:
+        return (p * q).sum((0, 1, 3))
+
+    det = dot(now, now) * dot(before, before) - dot(now, before) ** 2
+    a = (dot(y, now) * dot(before, before) - dot(y, before) * dot(now, before)) / det
+    b = (dot(y, before) * dot(now, now) - dot(y, now) * dot(now, before)) / det
+    rest = y - a[:, None] * now - b[:, None] * before
+    return SmearFit(a, b, 1 - dot(rest, rest) / dot(y, y))
+
+
+def score_by_lag(
+    cache: Mapping[str, Tensor] | Any,
+    w_k: Float[Tensor, "head d_model d_head"],
+    *,
+    conv: str = "blocks.0.conv",
+    attn: str = "blocks.0.attn",
+    carried: float = 0.0,
+) -> dict[int, Float[Tensor, "batch head query key"]]:
+    r"""Attention scores split exactly by the lag of the convolution tap that carried them.
+
+    A key is a linear map of the convolution's output, so
+    $$S[q, k] = \sum_l S_l[q, k], \qquad
+    S_l[q, k] = q_q \cdot W_K^\top (w_l \odot x_{k - l}) / \sqrt{d}$$
+    for a convolution of the stream with no normalisation and no rotation between it and the keys.
+
+    Args:
+        cache: with `{conv}.hook_in`, `hook_kernel`, `hook_out` and `{attn}.hook_q`
+        w_k: key weights of the attention layer (`model.blocks[0].attn.W_K`)
+        conv: name of the convolution
+        attn: name of the attention layer
+        carried: weight of the skip connection around the convolution (1 in a residual stack),
+            which belongs to lag 0
+
+    Returns:
+        lag to scores; their sum is `hook_attn_scores` before masking
+    """
+    x, kernel = cache[f"{conv}.hook_in"], cache[f"{conv}.hook_kernel"]
+    q = cache[f"{attn}.hook_q"]
+    parts = {}
+    for tap, lag in enumerate(kernel_lags(cache, conv)):
+        moved = shifted(x, lag) * (kernel[:, tap] + (carried if lag == 0 else 0.0))
+        keys = torch.einsum("bkm,hmd->bkhd", moved, w_k)
+        parts[lag] = torch.einsum("bqhd,bkhd->bhqk", q, keys) * q.shape[-1] ** -0.5
+    return parts
+
+
+def smear_evidence(
+    by_lag: Mapping[int, Float[Tensor, "batch head query key"]],
+    tokens: Int[Tensor, "batch pos"],
+) -> dict[int, Float[Tensor, "example head"]]:
+    """Per lag: mean score on the induction key minus that on the other earlier keys.
+
+    Args:
+        by_lag: from `score_by_lag`
+        tokens: what the model was run on
+
+    Returns:
+        lag to [example head], in units of the scores (nats); key smearing means that lag 1 leads
+    """
+    target = _induction_keys(tokens)[:, None]
+    position = torch.arange(tokens.shape[1])
+    past = (position[:, None] >= position) & ~target
+    rows = target.any(-1)
+    evidence = {}
+    for lag, scores in by_lag.items():
+        on = (scores * target).sum(-1) / target.sum(-1).clamp_min(1)
+        off = (scores * past).sum(-1) / past.sum(-1).clamp_min(1)
+        evidence[lag] = ((on - off) * rows).sum(-1) / rows.sum(-1)
+    return evidence
+
+
+def composition_gain(
+    kernel: Float[Tensor, "channel tap"],
+    w_v: Float[Tensor, "head d_model d_head"],
+    w_o: Float[Tensor, "head d_head d_model"],
+) -> Float[Tensor, "head tap"]:
+    """g[h, l] = ‖W_O W_V diag(w_l)‖_F, normalised over l: how much each lag feeds a head's output.
+
+    For `mixing.ComposedMixing`, which carries attention through the convolution to the tokens.
+    """
+    ov = w_v @ w_o  # [head d_model d_model]
+    norms = torch.einsum("ct,hcm->htcm", kernel, ov).flatten(2).norm(dim=-1)
+    return norms / norms.sum(-1, keepdim=True)
+
+
+def shifted(x: Float[Tensor, "batch pos channel"], lag: int) -> Float[Tensor, "batch pos channel"]:
+    """x[t - lag] at position t, 0 where that does not exist."""
+    out = torch.zeros_like(x)
+    length = x.shape[1]
+    lo, hi = max(0, lag), min(length, length + lag)
+    if lo < hi:
+        out[:, lo:hi] = x[:, lo - lag : hi - lag]
+    return out
+
+
+def only_layer(cache: Any, point: str, layer: str | None = None) -> str:
+    """The one layer of a cache that has `point`, or `layer` if it has."""
+    found = [
+        name.removesuffix(f".{point}") for name in list(cache.keys()) if name.endswith(f".{point}")
+    ]
+    if layer is not None and layer in found:
+        return layer
+    if layer is None and len(found) == 1:
+        return found[0]
+    raise ValueError(
+        f"layer={layer!r}: {point} is cached for {found or 'no layer'}; "
+        + ("name one of them" if found else "run the model with that hook in names_filter")
+    )
+
+
+def _induction_keys(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+    """True at (q, k + 1) where k < q holds the query's token."""
+    match = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
+    moved = torch.zeros_like(match)
+    moved[..., 1:] = match[..., :-1]
+    return moved
+
+
+def _untrained(channels: int, taps: int, draws: int = 400) -> np.ndarray:
+    """One tap of `draws` untrained kernels, [draw channel]: uniform within ±1/√K."""
+    return np.random.default_rng(0).uniform(-(taps**-0.5), taps**-0.5, (draws, channels))

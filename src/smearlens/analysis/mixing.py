@@ -1,0 +1,292 @@
+"""Token mixing: the matrix over positions that a layer applies, M[example, head, query, key].
+
+Attention has it as its pattern, a depthwise convolution as a band (one "head" per channel), a
+state-space layer as its hidden attention. Scores, statistics, similarities and pictures read such a
+matrix through this file's `Mixing` and never ask where it came from; it hands out rows in blocks,
+diagonals, or the dense array, so that long contexts need no [query, key] array. Leaves out the
+state-space mixing (`analysis.state_space`) and what is computed from the rows (`analysis.rows`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smearlens.analysis import streaming
+from smearlens.analysis.bands import kernel_lags
+
+Kind = Literal["attention", "conv", "ssm"]
+
+
+class Mixing(ABC):
+    """Rows of M[example, head, query, key], on request.
+
+    Attributes:
+        n_examples: sequences (1 where the matrix does not depend on the input)
+        n_heads: heads, or channels
+        n_queries: rows
+        n_keys: columns
+        causal: whether M[q, k] = 0 for every k > q
+        signed: whether entries can be negative and rows need not sum to 1
+        crossed: whether queries and keys index different sequences (cross attention)
+    """
+
+    n_examples: int
+    n_heads: int
+    n_queries: int
+    n_keys: int
+    causal: bool
+    signed: bool = False
+    crossed: bool = False
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """Rows `start` to `stop`, all keys, in float32 or wider; the caller may change them."""
+
+    def blocks(self, size: int = 128) -> Iterator[tuple[int, int, Tensor]]:
+        """Go through all rows, `size` at a time, as (start, stop, rows)."""
+        for start in range(0, self.n_queries, size):
+            stop = min(start + size, self.n_queries)
+            yield start, stop, self.rows(start, stop)
+
+    def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
+        """Entries M[q, q - lag] for every q where both exist; a negative lag reads the future."""
+        first, last = max(0, lag), min(self.n_queries, self.n_keys + lag)
+        if first >= last:
+            raise ValueError(
+                f"lag={lag} is outside a {self.n_queries} x {self.n_keys} mixing; "
+                f"allowed: {1 - self.n_keys}..{self.n_queries - 1}"
+            )
+        pieces = []
+        for start, stop, rows in self.blocks():
+            lo, hi = max(start, first), min(stop, last)
+            if lo < hi:
+                part = rows[..., lo - start : hi - start, lo - lag : hi - lag]
+                pieces.append(part.diagonal(dim1=-2, dim2=-1))
+        return torch.cat(pieces, dim=-1)
+
+    def dense(self) -> Float[Tensor, "batch head query key"]:
+        """The whole matrix."""
+        return self.rows(0, self.n_queries)
+
+
+class DenseMixing(Mixing):
+    """A matrix that exists: an attention pattern [batch head query key]."""
+
+    def __init__(self, pattern: Float[Tensor, "batch head query key"], *, signed: bool = False):
+        self.pattern, self.signed = pattern, signed
+        self.n_examples, self.n_heads, self.n_queries, self.n_keys = pattern.shape
+        self.crossed = self.n_queries != self.n_keys
+        self.causal = not self.crossed and not bool(pattern.triu(1).any())
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """A copy of the rows, at least float32."""
+        return _wide(self.pattern[:, :, start:stop]).clone()
+
+    def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
+        """The diagonal itself."""
+        return _wide(self.pattern.diagonal(-lag, dim1=-2, dim2=-1)).clone()
+
+
+class SoftmaxMixing(Mixing):
+    """softmax(scale · q k') computed row block by row block from q and k.
+
+    Args:
+        q: queries as cached, [batch query head d_head]
+        k: keys, [batch key head d_head]
+        causal: whether keys after the query are masked
+        scale: factor on q k'; default d_head ** -0.5
+    """
+
+    def __init__(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+    ):
+        self.q, self.k = (_wide(t).transpose(1, 2) for t in (q, k))
+        if self.k.shape[1] != self.q.shape[1]:  # grouped queries: each key head serves several
+            self.k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
+        self.n_examples, self.n_heads, self.n_queries, _ = self.q.shape
+        self.n_keys = self.k.shape[2]
+        self.causal, self.scale = causal, scale
+        self.crossed = self.n_queries != self.n_keys
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """Softmax of these rows' scores."""
+        return streaming.pattern_rows(
+            self.q, self.k, start, stop, causal=self.causal, scale=self.scale
+        )
+
+    def statistics(self, **options: Any) -> streaming.RowStatistics:
+        """Entropy, mean distance and span of every row in one pass (`streaming.row_statistics`)."""
+        return streaming.row_statistics(
+            self.q, self.k, causal=self.causal, scale=self.scale, **options
+        )
+
+    def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
+        """exp(s[q, q - lag] - logsumexp s[q]): O(pos · d_head) once the normaliser is known."""
+        if not hasattr(self, "_lse"):
+            self._lse = streaming.log_normaliser(
+                self.q, self.k, causal=self.causal, scale=self.scale
+            )
+        return streaming.diagonal(
+            self.q, self.k, lag, self._lse, causal=self.causal, scale=self.scale
+        )
+
+
+class BandMixing(Mixing):
+    """A depthwise convolution as a matrix: M[c, q, k] = kernel[c, i] where q - k = lags[i].
+
+    Args:
+        kernel: weights [channel tap]
+        lags: lag that each tap reads; negative ones read the future
+        length: positions
+    """
+
+    signed = True
+
+    def __init__(self, kernel: Float[Tensor, "channel tap"], lags: Sequence[int], length: int):
+        if len(lags) != kernel.shape[1]:
+            raise ValueError(f"{len(lags)} lags for {kernel.shape[1]} taps; give one lag per tap")
+        self.kernel, self.lags = _wide(kernel), list(lags)
+        self.n_examples, self.n_heads = 1, kernel.shape[0]
+        self.n_queries = self.n_keys = length
+        self.causal = min(self.lags) >= 0
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """The band, written into zeros."""
+        rows = self.kernel.new_zeros(1, self.n_heads, stop - start, self.n_keys)
+        query = torch.arange(start, stop)
+        for tap, lag in enumerate(self.lags):
+            key = query - lag
+            inside = (key >= 0) & (key < self.n_keys)
+            rows[0, :, (query - start)[inside], key[inside]] = self.kernel[:, tap, None]
+        return rows
+
+
+class ComposedMixing(Mixing):
+    r"""Convolution, then attention: E[h, q, s] = Σ_l A[h, q, s + l] g[h, l].
+
+    Args:
+        attention: A, the mixing of the attention layer
+        gain: g, how strongly each head reads each lag of the convolution, [head lag]; see
+            `analysis.kernels.composition_gain`
+        lags: the lag of each column of `gain`
+    """
+
+    def __init__(self, attention: Mixing, gain: Float[Tensor, "head lag"], lags: Sequence[int]):
+        if gain.shape != (attention.n_heads, len(lags)):
+            raise ValueError(
+                f"gain must be [head lag] = {[attention.n_heads, len(lags)]}, "
+                f"got {list(gain.shape)}"
+            )
+        self.attention, self.gain, self.lags = attention, gain, list(lags)
+        self.n_examples, self.n_heads = attention.n_examples, attention.n_heads
+        self.n_queries, self.n_keys = attention.n_queries, attention.n_keys
+        self.causal = attention.causal and min(self.lags) >= 0
+        self.signed = attention.signed
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """Rows of A, shifted by each lag and weighted."""
+        source = self.attention.rows(start, stop)
+        total = torch.zeros_like(source)
+        for column, lag in enumerate(self.lags):
+            first, last = max(0, lag), min(self.n_keys, self.n_keys + lag)  # keys of A that count
+            piece = source[..., first:last] * self.gain[:, column, None, None]
+            total[..., first - lag : last - lag] += piece
+        return total
+
+
+class UniformMixing(Mixing):
+    """Equal weight on every allowed key: what a head scores that looks at nothing in particular."""
+
+    n_examples = n_heads = 1
+
+    def __init__(self, n_queries: int, n_keys: int, *, causal: bool, crossed: bool = False):
+        self.n_queries, self.n_keys, self.causal = n_queries, n_keys, causal
+        self.crossed = crossed
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """1 / (number of allowed keys) on each of them."""
+        allowed = torch.ones(stop - start, self.n_keys, dtype=torch.float64)
+        if self.causal:
+            allowed = allowed.tril(start)
+        return (allowed / allowed.sum(-1, keepdim=True))[None, None]
+
+
+def mixings(
+    cache: Mapping[str, Tensor] | Any,
+    *,
+    kind: Kind | Sequence[Kind] = ("attention", "ssm"),
+    causal: bool | None = None,
+) -> dict[str, Mixing]:
+    """The mixing of every layer in a cache, by layer name ("blocks.0.attn", "blocks.0.conv", …).
+
+    Attention comes from `hook_pattern`, or from `hook_q` and `hook_k` where the pattern was not
+    cached; a convolution from `hook_kernel`, with its lags read off `hook_in` and `hook_out`; a
+    state-space layer from `hook_A_bar`, `hook_B_bar` and `hook_C`.
+
+    Args:
+        cache: a mapping from hook names to tensors: a TransformerLens `ActivationCache`, a dict
+        kind: which layers; convolutions (one "head" per channel) only when asked for
+        causal: of attention rebuilt from q and k. Default: True, except for cross attention and
+            layers of an encoder
+
+    Raises:
+        ValueError: if the cache holds no such layer
+    """
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    names = list(cache.keys())
+    found: dict[str, Mixing] = {}
+    for name in names:
+        layer, _, point = name.rpartition(".")
+        if "attention" in kinds and point == "hook_pattern":
+            found[layer] = DenseMixing(_batched(cache[name], 4, name))
+        elif "attention" in kinds and point == "hook_q" and f"{layer}.hook_pattern" not in names:
+            q, k = (_batched(cache[f"{layer}.{p}"], 4, name) for p in ("hook_q", "hook_k"))
+            ahead = layer.endswith("cross_attn") or layer.startswith("encoder.")
+            found[layer] = SoftmaxMixing(q, k, causal=not ahead if causal is None else causal)
+        elif "conv" in kinds and point == "hook_kernel":
+            lags = kernel_lags(cache, layer)
+            found[layer] = BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
+        elif "ssm" in kinds and point == "hook_A_bar":
+            from smearlens.analysis.state_space import SSMMixing
+
+            parts = (cache[f"{layer}.{p}"] for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
+            found[layer] = SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
+    for layer, mixing in found.items():
+        mixing.crossed |= layer.endswith("cross_attn")
+    if not found:
+        raise ValueError(
+            f"no {' or '.join(kinds)} layer in a cache of {len(names)} activations "
+            f"({names[:4]}…); cache hook_pattern, or hook_q and hook_k (attention), hook_in, "
+            "hook_kernel and hook_out (conv), or hook_A_bar, hook_B_bar and hook_C (ssm)"
+        )
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half precision is raised, float64 stays."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _batched(x: Tensor, ndim: int, name: str) -> Tensor:
+    """`x` with its batch axis, which a cache may have dropped."""
+    if x.ndim == ndim - 1:
+        return x[None]
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes (or {ndim - 1}), got {tuple(x.shape)}")
+    return x
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts blocks.2 before blocks.10."""
+    return [(int(p), "") if p.isdigit() else (0, p) for p in name.split(".")]

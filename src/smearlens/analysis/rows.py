@@ -1,0 +1,277 @@
+"""The one path from rows of a mixing to `Scores`.
+
+Every per-head metric is a function of rows: it is given a block of them and says, per row, a value
+and whether it is defined there. This file does the rest the same way for all: masks, signed maps,
+streaming, chance (the same function on uniform attention), the control, the mean over valid rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smearlens.analysis.mixing import DenseMixing, Kind, Mixing, UniformMixing, mixings
+from smearlens.analysis.scores import Scores
+
+Normalise = Literal["abs", "softmax", "minmax", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What to leave out of the rows before measuring.
+
+    Attributes:
+        exclude_bos: drop key 0
+        exclude_self: drop the key at the query's own position
+        renormalise: scale what is left of a row back to sum 1
+        query_mask: True where a query counts, [example query] or [query]
+        key_mask: True where a key counts, [example key] or [key]
+        normalise: how signed rows (convolution, state space) become weights: "abs" is
+            |M| / Σ|M|, "softmax", "minmax" (shifted to [0, 1], then to sum 1), "none"
+        kind: which layers of a cache
+    """
+
+    exclude_bos: bool = False
+    exclude_self: bool = False
+    renormalise: bool = True
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    normalise: Normalise = "abs"
+    kind: Kind | tuple[Kind, ...] = ("attention", "ssm")
+
+    def __post_init__(self):
+        if self.normalise not in ("abs", "softmax", "minmax", "none"):
+            raise ValueError(
+                f"normalise must be 'abs', 'softmax', 'minmax' or 'none', got {self.normalise!r}"
+            )
+        for name in ("query_mask", "key_mask"):
+            mask = getattr(self, name)
+            if mask is not None and mask.dtype != torch.bool:
+                raise TypeError(f"{name} must be a bool tensor (True counts), got {mask.dtype}")
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some consecutive rows of a mixing, made ready for measuring.
+
+    Attributes:
+        weights: [batch head rows key]; keys that the options leave out are 0
+        allowed: which keys each query may see, [batch or 1, 1, rows, key]
+        full: which rows hold any weight and count as queries, [batch head rows]
+        start: query index of the first row
+        crossed: whether queries and keys index different sequences
+    """
+
+    weights: Float[Tensor, "batch head rows key"]
+    allowed: Bool[Tensor, "batch_or_1 1 rows key"]
+    full: Bool[Tensor, "batch head rows"]
+    start: int
+    crossed: bool
+
+    @property
+    def query(self) -> Int[Tensor, "rows 1"]:
+        """Query index of each row."""
+        return torch.arange(self.start, self.start + self.weights.shape[-2])[:, None]
+
+    @property
+    def key(self) -> Int[Tensor, " key"]:
+        """Key index of each column."""
+        return torch.arange(self.weights.shape[-1])
+
+    @property
+    def lag(self) -> Int[Tensor, "rows key"]:
+        """Query index minus key index; undefined, and an error, for cross attention."""
+        if self.crossed:
+            raise ValueError(
+                "lags are undefined between two sequences; for cross attention give "
+                "alignment_mass the alignment of target and source"
+            )
+        return self.query - self.key
+
+    def at(self, target: Bool[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Total weight on `target` [batch or 1, 1, rows, key], and where there is any target."""
+        target = target & self.allowed
+        return (self.weights * target).sum(-1), target.any(-1)
+
+
+RowFunction = Callable[[RowBlock], tuple[Tensor, Tensor]]
+"""A metric on rows: values and where they are defined, each broadcastable to [batch head rows]."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row function with the things a score is reported with."""
+
+    name: str
+    value: RowFunction
+    control: RowFunction | None = None
+    ceiling: Callable[[RowBlock], Tensor] | None = None  # None: 1 wherever it is defined
+    unit: str = "fraction"
+
+
+def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
+    """`metric` of every layer in a cache as `Scores`, or of one pattern as a tensor.
+
+    Args:
+        source: a cache (mapping of hook names to tensors), a `Mixing`, or a pattern
+            [batch head query key], [head query key] or [query key]
+        metric: what to measure
+        options: what to leave out
+
+    Returns:
+        `Scores`; for a tensor the values [batch head], without the axes it did not have
+    """
+    layers = as_layers(source, options)
+    if list(layers) == [""]:
+        values = _measure_layer(layers[""], metric, options)[0]
+        return (
+            values.reshape(values.shape[4 - source.ndim :])
+            if isinstance(source, Tensor) and (source.ndim < 4)
+            else values
+        )
+    measured = {name: _measure_layer(m, metric, options) for name, m in layers.items()}
+    columns = list(zip(*measured.values(), strict=True))
+    values, rows, chance, maximum, control = (
+        dict(zip(measured, column, strict=True)) for column in columns
+    )
+    signed = any(m.signed for m in layers.values())
+    note = f"signed maps normalised by {options.normalise!r}" if signed else ""
+    return Scores(metric.name, values, chance, maximum, control, rows, metric.unit, note)
+
+
+def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
+    """Whatever a metric was given, as mixings by layer name; one pattern or mixing has name ""."""
+    if isinstance(source, Tensor):
+        return {"": _pattern_mixing(source)}
+    if isinstance(source, Mixing):
+        return {"": source}
+    return dict(source) if _is_mixings(source) else mixings(source, kind=options.kind)
+
+
+def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> RowBlock:
+    """Rows of `mixing` as weights, with `options` applied."""
+    allowed = allowed_keys(mixing, start, rows.shape[-2], options).to(rows.device)
+    if mixing.signed:
+        rows = _unsigned(rows, allowed, options.normalise)
+    plain = not (options.exclude_bos or options.exclude_self or options.key_mask is not None)
+    if not plain:
+        rows = rows * allowed
+    mass = rows.sum(-1, keepdim=True)
+    full = (mass > 0).squeeze(-1) & rows.isfinite().all(-1)
+    if not plain and options.renormalise and options.normalise != "none":
+        rows = rows / mass.clamp_min(1e-30)
+    if options.query_mask is not None:
+        mask = options.query_mask[..., start : start + rows.shape[-2]]
+        full = full & (mask if mask.ndim == 2 else mask[None])[:, None]
+    return RowBlock(rows, allowed, full, start, mixing.crossed)
+
+
+def row_blocks(mixing: Mixing, options: RowOptions) -> Iterator[RowBlock]:
+    """All rows of `mixing`, block by block."""
+    for start, _, rows in mixing.blocks():
+        yield row_block(mixing, rows, start, options)
+
+
+def allowed_keys(
+    mixing: Mixing, start: int, n_rows: int, options: RowOptions
+) -> Bool[Tensor, "batch 1 rows key"]:
+    """Keys that the mixing and the options leave to each query."""
+    allowed = torch.ones(n_rows, mixing.n_keys, dtype=torch.bool)
+    if mixing.causal:
+        allowed = allowed.tril(start)
+    if options.exclude_self:
+        allowed = (
+            allowed
+            & ~torch.eye(mixing.n_queries, mixing.n_keys, dtype=torch.bool)[start : start + n_rows]
+        )
+    if options.exclude_bos:
+        allowed = allowed & (torch.arange(mixing.n_keys) > 0)
+    allowed = allowed[None, None]
+    if options.key_mask is not None:
+        mask = options.key_mask if options.key_mask.ndim == 2 else options.key_mask[None]
+        if mask.shape[-1] != mixing.n_keys:
+            raise ValueError(f"key_mask covers {mask.shape[-1]} keys, the rows {mixing.n_keys}")
+        allowed = allowed & mask[:, None, None, :]
+    return allowed
+
+
+def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
+    """Values [example head], valid rows [example head], chance, maximum, control [head or 1]."""
+    uniform = UniformMixing(
+        mixing.n_queries, mixing.n_keys, causal=mixing.causal, crossed=mixing.crossed
+    )
+    sums = {key: _Mean() for key in ("value", "chance", "maximum", "control")}
+    for block in row_blocks(mixing, options):
+        even = row_block(
+            uniform, uniform.rows(block.start, block.start + block.full.shape[-1]),
+            block.start, options,
+        )  # fmt: skip
+        value, defined = metric.value(block)
+        sums["value"].add(value, defined & block.full)
+        best = torch.ones(()) if metric.ceiling is None else metric.ceiling(block)
+        sums["maximum"].add(best, defined & block.full)
+        value, defined = metric.value(even)
+        sums["chance"].add(value, defined & even.full)
+        if metric.control is not None:
+            value, defined = metric.control(block)
+            sums["control"].add(value, defined & block.full)
+    values = sums["value"].of(mixing)
+    chance = sums["chance"].mean().nanmean(0)
+    maximum = sums["maximum"].mean().nanmean(0)
+    control = torch.full((1,), torch.nan)
+    if metric.control is not None:
+        control = sums["control"].mean().nanmean(0)
+    return values, sums["value"].count.expand_as(values), chance, maximum, control
+
+
+class _Mean:
+    """Sums and counts per [example head] over blocks of rows, in float64; NaN where no row."""
+
+    def __init__(self):
+        self.total = self.count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, value: Tensor, valid: Tensor) -> None:
+        shape = torch.broadcast_shapes(value.shape, valid.shape)
+        value, valid = value.expand(shape), valid.expand(shape)
+        self.total = self.total + torch.where(valid, value, 0).sum(-1, dtype=torch.float64)
+        self.count = self.count + valid.sum(-1)
+
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def of(self, mixing: Mixing) -> Tensor:
+        mean = self.mean()
+        return mean.expand(max(mean.shape[0], mixing.n_examples), mixing.n_heads).clone()
+
+
+def _unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
+    """Signed rows as weights, by the named choice."""
+    if normalise == "none":
+        return rows
+    if normalise == "softmax":
+        return rows.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
+    if normalise == "minmax":
+        low = rows.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
+        rows = (rows - low).masked_fill(~allowed, 0)
+    size = rows.abs()
+    return size / size.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def _pattern_mixing(pattern: Tensor) -> Mixing:
+    if pattern.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"a pattern is [batch head query key], [head query key] or [query key], "
+            f"got shape {tuple(pattern.shape)}"
+        )
+    if not pattern.is_floating_point():
+        raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
+    return DenseMixing(pattern[(None,) * (4 - pattern.ndim)])
+
+
+def _is_mixings(source: Any) -> bool:
+    return isinstance(source, Mapping) and all(isinstance(m, Mixing) for m in source.values())

@@ -1,0 +1,191 @@
+"""`Decoder`: embedding → blocks → unembedding, its loss and its generation.
+
+The shared frame of the decoder-only models. Each model's own file says what its blocks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smearlens._hooks import HookPoint
+from smearlens.models.base import HookedModel
+from smearlens.nn.positions import Positions
+
+ABSOLUTE = ("learned", "sinusoidal", "learned-sinusoidal")  # added to the embedding
+POSITIONS = (*ABSOLUTE, "rotary", None)
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raise a ValueError unless each named field is a positive int, and heads divide the width."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if config.d_model % config.n_heads:
+        raise ValueError(f"n_heads={config.n_heads} must divide d_model={config.d_model}")
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+    check_choice("positions", config.positions, POSITIONS)
+
+
+class Decoder(HookedModel):
+    """Embedding (+ positions) → `blocks` → (LayerNorm) → unembedding.
+
+    Args:
+        config: sizes; the fields `d_vocab`, `d_model`, `n_ctx`, `positions`, `norm`, `dropout`
+        blocks: what the model is made of, each `block(x, state) -> x`
+    """
+
+    def __init__(self, config: Any, blocks: Sequence[nn.Module]):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.d_vocab, config.d_model)
+        nn.init.normal_(self.embed.weight, std=0.3)
+        self.hook_embed = HookPoint()  # [batch pos d_model]
+        self.pos_embed = None
+        if config.positions in ABSOLUTE:
+            self.pos_embed = Positions(config.n_ctx, config.d_model, config.positions)
+            self.hook_pos_embed = HookPoint()  # [batch pos d_model]
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_final = nn.LayerNorm(config.d_model) if config.norm else nn.Identity()
+        self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
+        self.setup()
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        return_type: Literal["logits", "loss", "both"] = "logits",
+        *,
+        loss_mask: Bool[Tensor, "batch pos"] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """Predict each next token.
+
+        Args:
+            tokens: ids below `d_vocab`, at most `n_ctx` of them
+            return_type: logits [batch pos d_vocab]; the mean loss in nats per target; or both, as
+                (logits, loss)
+            loss_mask: True where a token counts as a target (position 0 never does)
+            state: what earlier tokens left behind: pass {} with the first piece of a sequence and
+                the same dictionary with each next one
+
+        Raises:
+            ValueError, TypeError: for tokens of another shape, dtype or range, or too many
+        """
+        check_choice("return_type", return_type, ("logits", "loss", "both"))
+        past = 0 if state is None or "tokens" not in state else state["tokens"].shape[1]
+        self._check_tokens(tokens, past)
+        x = self.hook_embed(self.embed(tokens))
+        if self.pos_embed is not None:
+            positions = self.pos_embed(past, tokens.shape[1]).expand_as(x)
+            x = x + self.hook_pos_embed(positions)
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, state)
+        logits = self.unembed(self.ln_final(x))
+        if state is not None:
+            state["tokens"] = torch.cat((state["tokens"], tokens), 1) if past else tokens
+        if return_type == "logits":
+            return logits
+        loss = next_token_loss(logits, tokens, loss_mask)
+        return loss if return_type == "loss" else (logits, loss)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "batch total"]:
+        """Continue `tokens` one by one, each step reusing what the earlier ones left behind.
+
+        Args:
+            tokens: the prompt
+            max_new_tokens: how many to add; prompt and continuation must fit into `n_ctx`
+            temperature: divides the logits; 0 takes the likeliest token
+            top_k: sample among the k likeliest only
+            generator: of the samples; required unless temperature is 0
+
+        Returns:
+            prompt and continuation
+        """
+        total = tokens.shape[1] + max_new_tokens
+        if max_new_tokens < 1 or total > self.config.n_ctx:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} after a prompt of {tokens.shape[1]} must be at "
+                f"least 1 and fit n_ctx={self.config.n_ctx}"
+            )
+        if temperature < 0 or (temperature > 0 and generator is None):
+            raise ValueError(
+                f"temperature={temperature} with generator={generator}: pass temperature=0 for "
+                "greedy decoding, or a temperature > 0 and a torch.Generator"
+            )
+        state: dict[str, Tensor] = {}
+        new = tokens
+        for _ in range(max_new_tokens):
+            logits = self(new, state=state)[:, -1]
+            new = _sample(logits, temperature, top_k, generator)
+            tokens = torch.cat((tokens, new), dim=1)
+        return tokens
+
+    def _check_tokens(self, tokens: Tensor, past: int) -> None:
+        config = self.config
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [batch pos], got shape {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64, got {tokens.dtype}; use tokens.long()")
+        if past + tokens.shape[1] > config.n_ctx:
+            raise ValueError(
+                f"tokens reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
+                "shorten them or build the model with a larger n_ctx"
+            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= config.d_vocab:
+                raise ValueError(
+                    f"tokens range over {low}..{high}, d_vocab is {config.d_vocab}; "
+                    "was the text encoded with this model's tokenizer?"
+                )
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    loss_mask: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross entropy of each next token, nats per target; `loss_mask` picks the targets."""
+    if tokens.shape[1] < 2:
+        raise ValueError(f"a loss needs at least 2 tokens, got shape {tuple(tokens.shape)}")
+    targets = tokens[:, 1:].long()
+    if loss_mask is not None:
+        targets = targets.masked_fill(~loss_mask[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row [batch 1]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

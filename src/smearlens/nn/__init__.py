@@ -1,0 +1,1 @@
+"""Hooked building blocks: attention, convolution, state-space layers, positions."""

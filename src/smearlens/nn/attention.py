@@ -1,0 +1,206 @@
+"""Multi-head attention, self or cross, with every intermediate behind a hook.
+
+Contains the layer and its two equal cores: the fused one of torch, used while nobody looks at the
+scores or the pattern, and the explicit one that passes them through their hooks. Leaves out
+positions (`nn.positions`) and the convolution itself (`nn.conv`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smearlens._hooks import HookPoint, is_hooked
+from smearlens.nn.conv import DepthwiseConv, KeySmear
+from smearlens.nn.positions import Rotary
+
+
+class Attention(nn.Module):
+    r"""z = softmax(q k' / √d_head) v per head, then an output projection.
+
+    Before the scores, each of q, k and v may pass a depthwise convolution of its own, the keys may
+    be smeared (Olsson et al. 2022), and q and k may be rotated, in this order.
+
+    Args:
+        d_model: width of the residual stream
+        n_heads: heads; must divide d_model
+        causal: whether a query sees only keys at or before its position
+        rotary: whether q and k are rotated by their positions
+        smear: whether each head mixes the previous key into every key by a learned weight
+        conv_on: roles ("q", "k", "v") that pass a depthwise convolution after the projection
+        kernel_size: taps of those convolutions
+        conv_causal: False gives them the "same" padding that reads ahead
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        causal: bool = True,
+        rotary: bool = False,
+        smear: bool = False,
+        conv_on: Sequence[str] = (),
+        kernel_size: int = 3,
+        conv_causal: bool = True,
+    ):
+        super().__init__()
+        self.n_heads, self.causal = n_heads, causal
+        self.d_head = d_model // n_heads
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # q, k, v stacked
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.convs = tuple(conv_on)
+        for role in self.convs:
+            conv = DepthwiseConv(d_model, kernel_size, causal=conv_causal)
+            self.add_module(f"conv_{role}", conv)
+        self.smear = KeySmear(n_heads) if smear else None
+        self.rotary = Rotary(self.d_head) if rotary else None
+        self.hook_q = HookPoint()  # [batch pos head d_head], as it enters the scores
+        self.hook_k = HookPoint()  # [batch pos head d_head]
+        self.hook_v = HookPoint()  # [batch pos head d_head]
+        self.hook_attn_scores = HookPoint()  # [batch head query key], -inf where masked
+        self.hook_pattern = HookPoint()  # [batch head query key]
+        self.hook_z = HookPoint()  # [batch pos head d_head]
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        source: Float[Tensor, "batch key d_model"] | None = None,
+        *,
+        key_mask: Bool[Tensor, "batch key"] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attend from `x` to itself, or to `source`.
+
+        Args:
+            x: queries, and keys and values too unless `source` is given
+            source: what a cross-attention layer reads
+            key_mask: True where a key may be seen; every query must see at least one
+            state: what earlier tokens left behind (keys, values, convolution buffers); read and
+                updated in place, under names that start with this layer's own
+        """
+        past = 0 if state is None else _length(state.get(f"{self.name}.k"))
+        q, k, v = self._project(x, source, state, past)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if state is not None and source is None:
+            k, v = _append(state, f"{self.name}.k", k), _append(state, f"{self.name}.v", v)
+        z = self._mix(q, k, v, past, key_mask)
+        return self.out_proj(rearrange(self.hook_z(z), "batch pos head d -> batch pos (head d)"))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the next forward takes the fused core: neither scores nor pattern hooked."""
+        return not (is_hooked(self.hook_attn_scores) or is_hooked(self.hook_pattern))
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights in TransformerLens' layout."""
+        return self._weights(0)
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_model d_head"]:
+        """Key weights in TransformerLens' layout."""
+        return self._weights(1)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
+        """Value weights in TransformerLens' layout."""
+        return self._weights(2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights in TransformerLens' layout."""
+        return rearrange(self.out_proj.weight, "model (head d) -> head d model", d=self.d_head)
+
+    def _weights(self, role: int) -> Float[Tensor, "head d_model d_head"]:
+        return rearrange(
+            self.in_proj.weight, "(role head d) model -> role head model d", role=3, d=self.d_head
+        )[role]
+
+    def _project(self, x: Tensor, source: Tensor | None, state: dict | None, past: int):
+        """q, k and v as [batch pos head d_head], convolved, smeared and rotated."""
+        if source is None:
+            roles = dict(zip(("q", "k", "v"), self.in_proj(x).chunk(3, dim=-1), strict=True))
+        else:
+            w_q, w_kv = self.in_proj.weight.tensor_split([x.shape[-1]])
+            k, v = F.linear(source, w_kv).chunk(2, dim=-1)
+            roles = {"q": F.linear(x, w_q), "k": k, "v": v}
+        for role in self.convs:
+            roles[role] = self.get_submodule(f"conv_{role}")(roles[role], state=state)
+        q, k, v = (rearrange(t, "b p (h d) -> b p h d", d=self.d_head) for t in roles.values())
+        if self.smear is not None:
+            k = self.smear(k, state=state)
+        if self.rotary is not None:
+            q, k = self.rotary(q, past), self.rotary(k, past)
+        return q, k, v
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, past: int, key_mask: Tensor | None) -> Tensor:
+        """Softmax attention by whichever core the hooks allow; [batch pos head d_head]."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch head pos d_head]
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        triangle = self.causal and n_queries > 1
+        if self.fused and key_mask is None and (not triangle or past == 0):
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=triangle)
+            return z.transpose(1, 2)
+        mask = q.new_zeros(1, 1, n_queries, n_keys)
+        if triangle:
+            ahead = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1 + past)
+            mask = mask.masked_fill(ahead, -torch.inf)
+        if key_mask is not None:
+            mask = mask.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        scale = self.d_head**-0.5
+        z = explicit_attention(q, k, v, mask, scale, self.hook_attn_scores, self.hook_pattern)
+        return z.transpose(1, 2)
+
+
+def explicit_attention(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch head key d_head"],
+    v: Float[Tensor, "batch head key d_head"],
+    mask: Float[Tensor, "#batch 1 #query #key"],
+    scale: float,
+    hook_scores: nn.Module,
+    hook_pattern: nn.Module,
+) -> Float[Tensor, "batch head query d_head"]:
+    """The plain twin of fused attention: scores and pattern exist and pass their hooks.
+
+    Args:
+        q: queries
+        k: keys
+        v: values
+        mask: added to the scores; 0 where a key may be seen, -inf where not
+        scale: factor on q k', usually d_head ** -0.5
+        hook_scores: called on the masked scores [batch head query key]
+        hook_pattern: called on their softmax
+    """
+    batch, head, query, _ = q.shape
+    key = k.shape[2]
+    flat = [t.reshape(batch * head, t.shape[2], t.shape[3]) for t in (q, k, v)]
+    added = (
+        mask.expand(batch, head, query, key).reshape(batch * head, query, key)
+        if (mask.shape[0] > 1)
+        else mask[0].expand(batch * head, query, key)
+    )
+    scores = torch.baddbmm(added, flat[0], flat[1].transpose(1, 2), alpha=scale)
+    scores = hook_scores(scores.view(batch, head, query, key))
+    pattern = hook_pattern(scores.softmax(dim=-1))
+    z = torch.bmm(pattern.reshape(batch * head, query, key), flat[2])
+    return z.view(batch, head, query, -1)
+
+
+def _length(keys: Tensor | None) -> int:
+    return 0 if keys is None else keys.shape[1]
+
+
+def _append(state: dict[str, Tensor], name: str, new: Tensor) -> Tensor:
+    """Put `new` behind what `state` holds under `name`, along the positions."""
+    old = state.get(name)
+    state[name] = new if old is None else torch.cat((old, new), dim=1)
+    return state[name]
