@@ -13,6 +13,7 @@ import os
 import tempfile
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def sha256(path: Path | str) -> str:
         )
 
 
-def nearest(name: str, known: typing.Iterable[str], count: int = 3) -> list[str]:
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names of `known` that look most like `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.3)
 
@@ -76,11 +77,13 @@ def from_dict(cls: type[Config], given: dict[str, Any], where: str = "") -> Conf
         ValueError: for an unknown key (with the nearest field), a missing one, or a wrong type
     """
     where = where or cls.__name__
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected an object, got {type(given).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
     for key in given:
         if key not in fields:
             raise ValueError(
-                f"{where}: unknown key {key!r}; nearest: {nearest(key, fields)}; "
+                f"{where}: unknown key {key!r}; nearest: {nearest(str(key), fields)}; "
                 f"known: {sorted(fields)}"
             )
     missing = [
@@ -106,8 +109,6 @@ def from_json(cls: type[Config], text: str, where: str = "") -> Config:
         raise ValueError(
             f"{where or cls.__name__}: not JSON ({error}); restore the file"
         ) from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{where or cls.__name__}: expected an object, got {type(given).__name__}")
     return from_dict(cls, given, where)
 
 
@@ -137,7 +138,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise ValueError(f"{where}: expected {hint}, got {value!r}")
+    expected = hint.__name__ if isinstance(hint, type) else hint
+    raise ValueError(f"{where}: expected {expected}, got {value!r}")
 
 
 def _umask() -> int:

@@ -20,9 +20,8 @@ def per_token_loss(
 ) -> Float[Tensor, "batch target"]:
     """Cross entropy in nats of every next token; entry i is token i + 1 predicted at position i."""
     _check(logits, tokens)
-    return F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), tokens[:, 1:].long(), reduction="none"
-    )
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide[:, :-1].transpose(1, 2), tokens[:, 1:].long(), reduction="none")
 
 
 def predictable(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch target"]:
@@ -54,9 +53,14 @@ def induction_accuracy(
 def induction_gain(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
-    """Mean loss on the unpredictable tokens minus that on the predictable ones; nats."""
+    """Mean loss on new tokens minus that on the tokens that induction can predict; nats.
+
+    On repeated blocks: loss(repeat 1) - loss(repeats >= 2); the first token of the second repeat,
+    neither new nor predictable, counts on neither side.
+    """
     loss, seen = per_token_loss(logits, tokens).double(), predictable(tokens)
-    return _mean_where(loss, ~seen) - _mean_where(loss, seen)
+    known = (tokens[:, 1:, None] == tokens[:, None, :]).tril(0).any(-1)
+    return _mean_where(loss, ~known & ~seen) - _mean_where(loss, seen)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def ar_split(
         Arora et al. 2023, "Zoology": associative-recall hits
     """
     loss = per_token_loss(logits, tokens).double()
+    tokens = tokens.long()  # the pair numbers may not fit int32
     pair = tokens[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 1:]
     hit = (pair[:, :, None] == pair[:, None, :]).tril(-1).any(-1)
     return ArSplit(
@@ -161,3 +166,10 @@ def _check(logits: Tensor, tokens: Tensor) -> None:
         )
     if tokens.shape[1] < 2:
         raise ValueError(f"need at least 2 tokens per example, got {tokens.shape[1]}")
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens must be an integer tensor, got {tokens.dtype}")
+    low, high = (int(t) for t in tokens.aminmax()) if tokens.numel() else (0, 0)
+    if low < 0 or high >= logits.shape[-1]:
+        raise ValueError(
+            f"tokens range over {low}..{high}, the logits over 0..{logits.shape[-1] - 1}"
+        )

@@ -189,13 +189,16 @@ def stripe_score(
     """
     if normalise_by not in ("row", "mul", "abs"):
         raise ValueError(f"normalise_by must be 'row', 'mul' or 'abs', got {normalise_by!r}")
+    if detection.dtype != torch.bool:
+        raise TypeError(f"detection must be a bool tensor, got {detection.dtype}; use .bool()")
     wanted = detection if detection.ndim == 3 else detection[None]
 
     def target(block: RowBlock) -> Tensor:
-        if wanted.shape[-1] != block.weights.shape[-1]:
+        size = [block.n_queries, block.weights.shape[-1]]
+        if list(wanted.shape[1:]) != size or not _same_batch(wanted, block):
             raise ValueError(
-                f"detection {list(detection.shape)} does not fit rows of "
-                f"{block.weights.shape[-1]} keys; give [query key] of the pattern's size"
+                f"detection {list(detection.shape)} does not fit patterns of {size} queries and "
+                "keys; give [query key], or [batch query key] with one for each example"
             )
         return wanted[:, None, block.start : block.start + block.weights.shape[-2]] & block.allowed
 
@@ -205,11 +208,17 @@ def stripe_score(
             weight = 1 - (block.weights - target(block).to(block.weights.dtype)).abs().sum(-1)
         return weight, some if normalise_by == "row" else torch.ones_like(some)
 
+    def mass(block: RowBlock) -> Tensor:
+        return block.weights.sum(-1)
+
     def ceiling(block: RowBlock) -> Tensor:
         count = target(block).sum(-1)
-        return torch.where(count > 1, 2 - count, count) if normalise_by == "abs" else count > 0
+        if normalise_by == "abs":
+            return torch.where(count > 1, 2 - count, count)
+        return mass(block) * (count > 0) if normalise_by == "mul" else count > 0
 
-    metric = Metric(f"stripe_score({normalise_by})", value, ceiling=ceiling)
+    divisor = mass if normalise_by == "mul" else None
+    metric = Metric(f"stripe_score({normalise_by})", value, ceiling=ceiling, divisor=divisor)
     return measure(source, metric, RowOptions(**options))
 
 
@@ -227,26 +236,25 @@ def alignment_mass(
         source: a cache, or a pattern [batch head query key]
         alignment: source index per target position, -1 where there is none
         shift: added to the alignment
-        accuracy: the fraction of rows whose largest weight lies there, instead of the weight
+        accuracy: the fraction of rows whose largest weight lies there, instead of the weight; a
+            tie counts in parts, so that chance is 1 / (number of keys)
         **options: fields of `RowOptions`
     """
+    alignment = _checked_tokens(alignment, "alignment")
 
     def value(block: RowBlock) -> tuple[Tensor, Tensor]:
-        index = alignment[:, block.start : block.start + block.weights.shape[-2], None]
-        here = (block.key == index + shift) & (index >= 0)
-        if accuracy:
-            hit = (
-                here[:, None]
-                .expand_as(block.weights)
-                .gather(
-                    -1,
-                    block.weights.argmax(-1, keepdim=True).expand(
-                        *here[:, None].shape[:1], -1, -1, -1
-                    ),
-                )
+        if alignment.shape[1] != block.n_queries or not _same_batch(alignment, block):
+            raise ValueError(
+                f"alignment {list(alignment.shape)} does not fit a pattern of {len(block.weights)} "
+                f"examples and {block.n_queries} queries; give one source index per query"
             )
-            return hit.squeeze(-1).to(block.weights.dtype), here.any(-1)[:, None]
-        return block.at(here[:, None])
+        index = alignment[:, block.start : block.start + block.weights.shape[-2], None]
+        here = ((block.key == index + shift) & (index >= 0))[:, None]
+        mass, some = block.at(here)
+        if not accuracy:
+            return mass, some
+        top = block.weights == block.weights.amax(-1, keepdim=True)
+        return (top & here).sum(-1) / top.sum(-1), some
 
     name = "alignment_accuracy" if accuracy else "alignment_mass"
     return measure(source, Metric(name, value), RowOptions(**options))
@@ -281,14 +289,18 @@ def _arrival_seen(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]
 
 def _diagonal_score(source: Any, tokens: Int[Tensor, "batch pos"], options: dict) -> Any:
     """Mean of every entry of the diagonal of lag T - 1."""
+    tokens = _checked_tokens(tokens)
     period = common_period(tokens)
 
-    metric = Metric("induction_score(diagonal)", lambda block: block.at(block.lag == period - 1))
-    return measure(source, metric, RowOptions(**options))
+    def value(block: RowBlock) -> tuple[Tensor, Tensor]:
+        _check_fit(block, tokens)
+        return block.at(block.lag == period - 1)
+
+    return measure(source, Metric("induction_score(diagonal)", value), RowOptions(**options))
 
 
 def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
-    """The one period T at which every example repeats: x[t] = x[t - T] for all t >= T (BOS aside).
+    """The least T at which every example repeats, twice or more: x[t] = x[t - T] (BOS aside).
 
     Raises:
         ValueError: if there is none
@@ -296,7 +308,7 @@ def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
     length = tokens.shape[1]
     for period in range(1, length):
         body = tokens[:, (length % period == 1) :] if length > 2 else tokens
-        if body.shape[1] > period and bool((body[:, period:] == body[:, :-period]).all()):
+        if body.shape[1] >= 2 * period and bool((body[:, period:] == body[:, :-period]).all()):
             return period
     raise ValueError(
         "kind='diagonal' needs one period for all examples ([BOS, s, s] or [s, s]); "
@@ -304,12 +316,18 @@ def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
     )
 
 
-def _checked_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
+def _checked_tokens(tokens: Any, name: str = "tokens") -> Int[Tensor, "batch pos"]:
     """Tokens as [batch pos] on the CPU."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
+    whole = isinstance(tokens, Tensor) and not tokens.dtype.is_floating_point
+    if not whole or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
         given = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else tokens
-        raise TypeError(f"tokens must be an integer tensor [batch pos], got {given!r}")
+        raise TypeError(f"{name} must be an integer tensor [batch pos], got {given!r}")
     return (tokens if tokens.ndim == 2 else tokens[None]).cpu()
+
+
+def _same_batch(given: Tensor, block: RowBlock) -> bool:
+    """Whether what came with the pattern has its examples, or either is the same for all."""
+    return 1 in (len(given), len(block.weights)) or len(given) == len(block.weights)
 
 
 def _check_fit(block: RowBlock, tokens: Tensor) -> None:

@@ -52,7 +52,7 @@ class KernelProfile:
         """Share of the squared weight on taps that read the future."""
         return float(sum(s for lag, s in zip(self.lags, self.share, strict=True) if lag < 0))
 
-    def records(self) -> list[dict[str, float]]:
+    def records(self) -> list[dict[str, Any]]:
         """One dictionary per lag."""
         columns = ("rms", "low", "high", "share", "mean_abs", "signed_mean")
         return [
@@ -174,7 +174,8 @@ def score_by_lag(
     A key is a linear map of the convolution's output, so
     $$S[q, k] = \sum_l S_l[q, k], \qquad
     S_l[q, k] = q_q \cdot W_K^\top (w_l \odot x_{k - l}) / \sqrt{d}$$
-    for a convolution of the stream with no normalisation and no rotation between it and the keys.
+    for a convolution of the stream without bias, and nothing (a norm, a rotation, smeared keys)
+    between it and the keys.
 
     Args:
         cache: with `{conv}.hook_in`, `hook_kernel`, `hook_out` and `{attn}.hook_q`
@@ -187,8 +188,11 @@ def score_by_lag(
     Returns:
         lag to scores; their sum is `hook_attn_scores` before masking
     """
-    x, kernel = cache[f"{conv}.hook_in"], cache[f"{conv}.hook_kernel"]
-    q = cache[f"{attn}.hook_q"]
+    names = (f"{conv}.hook_in", f"{attn}.hook_q", f"{conv}.hook_kernel")
+    given = [cache[name].detach() for name in names] + [w_k.detach()]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    x, q, kernel, w_k = (t.to(wide) for t in given)
+    x, q = (t if t.ndim == ndim else t[None] for t, ndim in ((x, 3), (q, 4)))
     parts = {}
     for tap, lag in enumerate(kernel_lags(cache, conv)):
         moved = shifted(x, lag) * (kernel[:, tap] + (carried if lag == 0 else 0.0))
@@ -201,7 +205,7 @@ def smear_evidence(
     by_lag: Mapping[int, Float[Tensor, "batch head query key"]],
     tokens: Int[Tensor, "batch pos"],
 ) -> dict[int, Float[Tensor, "example head"]]:
-    """Per lag: mean score on the induction key minus that on the other earlier keys.
+    """Per lag: mean score on the induction key minus that on the other keys up to the query.
 
     Args:
         by_lag: from `score_by_lag`
@@ -210,6 +214,12 @@ def smear_evidence(
     Returns:
         lag to [example head], in units of the scores (nats); key smearing means that lag 1 leads
     """
+    for lag, scores in by_lag.items():
+        if (len(scores), *scores.shape[-2:]) != (*tokens.shape, tokens.shape[1]):
+            raise ValueError(
+                f"tokens {list(tokens.shape)} do not belong to scores {list(scores.shape)} of lag "
+                f"{lag}; pass the tokens the model was run on"
+            )
     target = _induction_keys(tokens)[:, None]
     position = torch.arange(tokens.shape[1])
     past = (position[:, None] >= position) & ~target

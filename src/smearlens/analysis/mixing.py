@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -56,12 +56,7 @@ class Mixing(ABC):
 
     def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
         """Entries M[q, q - lag] for every q where both exist; a negative lag reads the future."""
-        first, last = max(0, lag), min(self.n_queries, self.n_keys + lag)
-        if first >= last:
-            raise ValueError(
-                f"lag={lag} is outside a {self.n_queries} x {self.n_keys} mixing; "
-                f"allowed: {1 - self.n_keys}..{self.n_queries - 1}"
-            )
+        first, last = self._extent(lag)
         pieces = []
         for start, stop, rows in self.blocks():
             lo, hi = max(start, first), min(stop, last)
@@ -74,6 +69,16 @@ class Mixing(ABC):
         """The whole matrix."""
         return self.rows(0, self.n_queries)
 
+    def _extent(self, lag: int) -> tuple[int, int]:
+        """First query that has a key at `lag`, and one past the last."""
+        first, last = max(0, lag), min(self.n_queries, self.n_keys + lag)
+        if first >= last:
+            raise ValueError(
+                f"lag={lag} is outside a {self.n_queries} x {self.n_keys} mixing; "
+                f"allowed: {1 - self.n_keys}..{self.n_queries - 1}"
+            )
+        return first, last
+
 
 class DenseMixing(Mixing):
     """A matrix that exists: an attention pattern [batch head query key]."""
@@ -82,7 +87,8 @@ class DenseMixing(Mixing):
         self.pattern, self.signed = pattern, signed
         self.n_examples, self.n_heads, self.n_queries, self.n_keys = pattern.shape
         self.crossed = self.n_queries != self.n_keys
-        self.causal = not self.crossed and not bool(pattern.triu(1).any())
+        ahead = pattern.triu(1).abs_() > 0  # False for NaN: a row without keys says nothing
+        self.causal = not self.crossed and not bool(ahead.any())
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
         """A copy of the rows, at least float32."""
@@ -90,6 +96,7 @@ class DenseMixing(Mixing):
 
     def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
         """The diagonal itself."""
+        self._extent(lag)
         return _wide(self.pattern.diagonal(-lag, dim1=-2, dim2=-1)).clone()
 
 
@@ -183,16 +190,14 @@ class ComposedMixing(Mixing):
     """
 
     def __init__(self, attention: Mixing, gain: Float[Tensor, "head lag"], lags: Sequence[int]):
-        if gain.shape != (attention.n_heads, len(lags)):
-            raise ValueError(
-                f"gain must be [head lag] = {[attention.n_heads, len(lags)]}, "
-                f"got {list(gain.shape)}"
-            )
+        wanted = [attention.n_heads, len(lags)]
+        if list(gain.shape) != wanted:
+            raise ValueError(f"gain must be [head lag] = {wanted}, got {list(gain.shape)}")
         self.attention, self.gain, self.lags = attention, gain, list(lags)
         self.n_examples, self.n_heads = attention.n_examples, attention.n_heads
         self.n_queries, self.n_keys = attention.n_queries, attention.n_keys
         self.causal = attention.causal and min(self.lags) >= 0
-        self.signed = attention.signed
+        self.signed = attention.signed or bool((gain < 0).any())
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
         """Rows of A, shifted by each lag and weighted."""
@@ -200,8 +205,9 @@ class ComposedMixing(Mixing):
         total = torch.zeros_like(source)
         for column, lag in enumerate(self.lags):
             first, last = max(0, lag), min(self.n_keys, self.n_keys + lag)  # keys of A that count
-            piece = source[..., first:last] * self.gain[:, column, None, None]
-            total[..., first - lag : last - lag] += piece
+            if first < last:
+                piece = source[..., first:last] * self.gain[:, column, None, None]
+                total[..., first - lag : last - lag] += piece
         return total
 
 
@@ -217,8 +223,7 @@ class UniformMixing(Mixing):
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
         """1 / (number of allowed keys) on each of them."""
         allowed = torch.ones(stop - start, self.n_keys, dtype=torch.float64)
-        if self.causal:
-            allowed = allowed.tril(start)
+        allowed = allowed.tril(start) if self.causal else allowed
         return (allowed / allowed.sum(-1, keepdim=True))[None, None]
 
 
@@ -241,9 +246,11 @@ def mixings(
             layers of an encoder
 
     Raises:
-        ValueError: if the cache holds no such layer
+        ValueError: if the cache holds no such layer, or only part of what one needs
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    if unknown := set(kinds) - set(get_args(Kind)):
+        raise ValueError(f"unknown kind {sorted(unknown)}; allowed: {list(get_args(Kind))}")
     names = list(cache.keys())
     found: dict[str, Mixing] = {}
     for name in names:
@@ -251,9 +258,10 @@ def mixings(
         if "attention" in kinds and point == "hook_pattern":
             found[layer] = DenseMixing(_batched(cache[name], 4, name))
         elif "attention" in kinds and point == "hook_q" and f"{layer}.hook_pattern" not in names:
-            q, k = (_batched(cache[f"{layer}.{p}"], 4, name) for p in ("hook_q", "hook_k"))
-            ahead = layer.endswith("cross_attn") or layer.startswith("encoder.")
-            found[layer] = SoftmaxMixing(q, k, causal=not ahead if causal is None else causal)
+            if (key := f"{layer}.hook_k") not in names:
+                raise ValueError(f"{name} is cached without {key}; cache both")
+            q, k = (_batched(cache[n], 4, n) for n in (name, key))
+            found[layer] = SoftmaxMixing(q, k, causal=causal is not False)
         elif "conv" in kinds and point == "hook_kernel":
             lags = kernel_lags(cache, layer)
             found[layer] = BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
@@ -262,8 +270,10 @@ def mixings(
 
             parts = (cache[f"{layer}.{p}"] for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
             found[layer] = SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
-    for layer, mixing in found.items():
-        mixing.crossed |= layer.endswith("cross_attn")
+        if layer in found and layer.endswith("attn"):
+            found[layer].crossed |= layer.endswith("cross_attn")
+            if causal is None and (found[layer].crossed or layer.startswith("encoder.")):
+                found[layer].causal = False  # whatever zeros a square pattern happens to hold
     if not found:
         raise ValueError(
             f"no {' or '.join(kinds)} layer in a cache of {len(names)} activations "
@@ -280,11 +290,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def _batched(x: Tensor, ndim: int, name: str) -> Tensor:
     """`x` with its batch axis, which a cache may have dropped."""
-    if x.ndim == ndim - 1:
-        return x[None]
-    if x.ndim != ndim:
+    if x.ndim not in (ndim, ndim - 1):
         raise ValueError(f"{name} must have {ndim} axes (or {ndim - 1}), got {tuple(x.shape)}")
-    return x
+    return x if x.ndim == ndim else x[None]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -38,6 +38,8 @@ def attention_entropy(
     Returns:
         `Scores` in nats (or fractions); uniform causal attention over L tokens has lgamma(L+1)/L
     """
+    if base is not None and not (base > 0 and base != 1):
+        raise ValueError(f"base must be positive and not 1, got {base}; None gives nats")
     scale = 1.0 if base is None else 1 / float(torch.tensor(float(base)).log())
 
     def value(block: RowBlock) -> tuple[Tensor, Tensor]:
@@ -67,8 +69,9 @@ def attention_span(
     Args:
         source: a cache, or a pattern [batch head query key]
         kind: "distance": Σ_k A |q - k|, in tokens (default); "relative": the same divided by q;
-            "mass": the smallest w such that the keys q-w..q hold `mass` of the row; "effective":
-            exp(entropy), a number of keys. First-token sinks inflate it: see `exclude_bos`
+            "mass": the smallest w such that the keys q-w..q hold `mass` of the row (rows whose
+            keys up to q hold less are left out); "effective": exp(entropy), a number of keys.
+            First-token sinks inflate it: see `exclude_bos`
         mass: for kind="mass"
         **options: fields of `RowOptions`
 
@@ -88,7 +91,8 @@ def attention_span(
         if kind == "effective":
             return entropies(block.weights).exp(), some
         if kind == "mass":
-            return _mass_span(block, mass), some
+            span, reached = _mass_span(block, mass)
+            return span, some & reached
         distance = (block.weights * block.lag.abs()).sum(-1)
         if kind == "relative":
             query = block.query[:, 0]
@@ -98,7 +102,8 @@ def attention_span(
     def ceiling(block: RowBlock) -> Tensor:
         if kind == "effective":
             return block.allowed.sum(-1).double()
-        furthest = (block.lag.abs() * block.allowed).amax(-1).double()
+        lag = block.lag.clamp_min(0) if kind == "mass" else block.lag.abs()
+        furthest = (lag * block.allowed).amax(-1).double()
         return furthest / block.query[:, 0].clamp_min(1) if kind == "relative" else furthest
 
     unit = {"relative": "fraction of the context", "effective": "keys"}.get(kind, "tokens")
@@ -122,11 +127,14 @@ def future_mass(source: Any, **options: Any) -> Any:
     def value(block: RowBlock) -> tuple[Tensor, Tensor]:
         return (block.weights * (block.lag < 0)).sum(-1), torch.ones_like(block.full)
 
-    return measure(source, Metric("future_mass", value), RowOptions(**options))
+    def ceiling(block: RowBlock) -> Tensor:
+        return (block.allowed & (block.lag < 0)).any(-1).double()
+
+    return measure(source, Metric("future_mass", value, ceiling=ceiling), RowOptions(**options))
 
 
 def lag_profile(source: Any, *, max_lag: int = 32, **options: Any) -> Any:
-    """Mean weight at each lag q - k, over the rows where that key exists.
+    """Mean weight at each lag q - k, over all valid rows; a key that does not exist has weight 0.
 
     Args:
         source: a cache, or a pattern [batch head query key]
@@ -134,8 +142,8 @@ def lag_profile(source: Any, *, max_lag: int = 32, **options: Any) -> Any:
         **options: fields of `RowOptions`
 
     Returns:
-        `Profile`s by layer name for a cache, one `Profile` for a pattern. The weights of a row sum
-        to at most 1 over the lags shown
+        `Profile`s by layer name for a cache, one `Profile` for a pattern. It sums to at most 1 over
+        the lags: of L rows only L - l have a key at lag l, see `prev_token_score` for their mean
     """
     chosen = RowOptions(**options)
     profiles = {
@@ -176,7 +184,7 @@ def head_diversity(source: Any, *, kind: Literal["js", "variance"] = "js", **opt
     Args:
         source: a cache, or a pattern [batch head query key]
         kind: "js": mean over pairs of heads and rows of the Jensen-Shannon divergence over log 2,
-            in [0, 1]; "variance": mean over (query, key) of the variance across heads, which
+            in [0, 1], rows with one allowed key left out; "variance": mean over (query, key) of the variance across heads, which
             shrinks as the context grows and is kept for comparison with published figures
         **options: fields of `RowOptions`
 
@@ -197,56 +205,56 @@ def entropies(weights: Float[Tensor, "... key"]) -> Float[Tensor, "..."]:
     return -(weights * weights.clamp_min(1e-38).log()).sum(-1)
 
 
-def _mass_span(block: RowBlock, mass: float) -> Tensor:
-    """Smallest w with at least `mass` of each row on keys q-w..q."""
+def _mass_span(block: RowBlock, mass: float) -> tuple[Tensor, Tensor]:
+    """Smallest w with at least `mass` of each row on keys q-w..q, and whether there is one."""
     near = torch.where(block.lag >= 0, block.weights, 0)
     total = near.sum(-1, keepdim=True)
     inside = near.cumsum(-1)  # weight on keys 0..k
     before = inside - near  # on keys before k
-    enough = (total - before >= mass - 1e-9) & (block.lag >= 0)
-    widths = torch.where(enough, block.lag, torch.iinfo(torch.int64).max)
-    reached = enough.any(-1)
-    return torch.where(reached, widths.amin(-1), block.lag.amax(-1)).to(block.weights.dtype)
+    enough = (total - before >= mass - 1e-6) & (block.lag >= 0)  # float32 sums are that exact
+    widths = torch.where(enough, block.lag, torch.iinfo(torch.int32).max)
+    return widths.amin(-1).to(block.weights.dtype), enough.any(-1)
 
 
 def _profile_of(mixing: Mixing, max_lag: int, options: RowOptions) -> Profile:
     if max_lag < 1:
         raise ValueError(f"max_lag must be at least 1, got {max_lag}")
+    if mixing.crossed:
+        raise ValueError("lags are undefined between two sequences (cross attention)")
     last = min(max_lag, mixing.n_queries - 1)
     lags = list(range(0 if mixing.causal else -last, last + 1))
-    total = torch.zeros(mixing.n_examples, mixing.n_heads, len(lags), dtype=torch.float64)
-    count = torch.zeros_like(total)
+    total = count = torch.zeros((), dtype=torch.float64)
     for block in row_blocks(mixing, options):
-        n_rows, n_keys = block.weights.shape[-2:]
-        rows = torch.arange(n_rows)
-        for column, lag in enumerate(lags):
-            key = rows + block.start - lag
-            inside = (key >= 0) & (key < n_keys)
-            entry = block.weights[..., rows[inside], key[inside]]
-            valid = block.full[..., rows[inside]]
-            total[..., column] += torch.where(valid, entry, 0).sum(-1, dtype=torch.float64)
-            count[..., column] += valid.sum(-1)
+        weights = torch.where(block.full[..., None], block.weights, 0)
+        rows = torch.arange(block.start, block.start + weights.shape[-2])
+        columns = []
+        for lag in lags:
+            there = (rows >= lag) & (rows - lag < weights.shape[-1])
+            entry = weights[..., rows[there] - block.start, rows[there] - lag]
+            columns.append(entry.sum(-1, dtype=torch.float64))
+        total = total + torch.stack(columns, -1)
+        count = count + block.full.sum(-1)[..., None]
     return Profile(lags, total / count)
 
 
 def _diversity(mixing: Mixing, kind: str, options: RowOptions) -> Float[Tensor, " example"]:
     if mixing.n_heads < 2:
         return torch.full((mixing.n_examples,), torch.nan, dtype=torch.float64)
-    total, count = torch.zeros(mixing.n_examples, dtype=torch.float64), 0
+    total, count = torch.zeros(mixing.n_examples, dtype=torch.float64), torch.zeros(())
     first, second = torch.triu_indices(mixing.n_heads, mixing.n_heads, 1)
     for block in row_blocks(mixing, options):
+        valid = block.full.all(1)
         if kind == "variance":
-            spread = block.weights.double().var(1)
-            total += torch.where(block.allowed[:, 0], spread, 0).sum((-1, -2))
-            count += int(block.allowed.sum()) // block.allowed.shape[0]
+            entries = block.allowed[:, 0] & valid[..., None]
+            spread = torch.where(entries, block.weights.double().var(1), 0)
+            total, count = total + spread.sum((-1, -2)), count + entries.sum((-1, -2))
             continue
         own = entropies(block.weights)
-        js = torch.zeros(mixing.n_examples, own.shape[-1], dtype=torch.float64)
+        js = torch.zeros(len(own), own.shape[-1], dtype=torch.float64)
         for i, j in zip(first.tolist(), second.tolist(), strict=True):
             both = (block.weights[:, i] + block.weights[:, j]) / 2
             js += entropies(both) - (own[:, i] + own[:, j]) / 2
-        valid = block.full.all(1)
-        total += torch.where(valid, js, 0).sum(-1) / len(first)
-        count = count + valid.sum(-1)
+        valid = valid & (block.allowed.sum(-1) > 1)[:, 0]  # with one key all heads agree
+        total, count = total + torch.where(valid, js, 0).sum(-1) / len(first), count + valid.sum(-1)
     scale = 1.0 if kind == "variance" else float(torch.tensor(2.0).log())
     return total / count / scale

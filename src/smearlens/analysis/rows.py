@@ -31,8 +31,9 @@ class RowOptions:
         renormalise: scale what is left of a row back to sum 1
         query_mask: True where a query counts, [example query] or [query]
         key_mask: True where a key counts, [example key] or [key]
-        normalise: how signed rows (convolution, state space) become weights: "abs" is
-            |M| / Σ|M|, "softmax", "minmax" (shifted to [0, 1], then to sum 1), "none"
+        normalise: how signed rows (convolution, state space) become weights, before any key is
+            left out: "abs" is |M| / Σ|M|, "softmax", "minmax" (shifted to start at 0, then to
+            sum 1), "none"
         kind: which layers of a cache
     """
 
@@ -62,15 +63,17 @@ class RowBlock:
     Attributes:
         weights: [batch head rows key]; keys that the options leave out are 0
         allowed: which keys each query may see, [batch or 1, 1, rows, key]
-        full: which rows hold any weight and count as queries, [batch head rows]
+        full: which rows hold any weight and count as queries, [batch or mask, head, rows]
         start: query index of the first row
+        n_queries: rows of the whole mixing
         crossed: whether queries and keys index different sequences
     """
 
     weights: Float[Tensor, "batch head rows key"]
     allowed: Bool[Tensor, "batch_or_1 1 rows key"]
-    full: Bool[Tensor, "batch head rows"]
+    full: Bool[Tensor, "examples head rows"]
     start: int
+    n_queries: int
     crossed: bool
 
     @property
@@ -111,6 +114,7 @@ class Metric:
     value: RowFunction
     control: RowFunction | None = None
     ceiling: Callable[[RowBlock], Tensor] | None = None  # None: 1 wherever it is defined
+    divisor: Callable[[RowBlock], Tensor] | None = None  # what a row counts for; None: 1
     unit: str = "fraction"
 
 
@@ -127,13 +131,9 @@ def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
         `Scores`; for a tensor the values [batch head], without the axes it did not have
     """
     layers = as_layers(source, options)
-    if list(layers) == [""]:
+    if isinstance(source, (Tensor, Mixing)):
         values = _measure_layer(layers[""], metric, options)[0]
-        return (
-            values.reshape(values.shape[4 - source.ndim :])
-            if isinstance(source, Tensor) and (source.ndim < 4)
-            else values
-        )
+        return values if isinstance(source, Mixing) else _drop_axes(values, source)
     measured = {name: _measure_layer(m, metric, options) for name, m in layers.items()}
     columns = list(zip(*measured.values(), strict=True))
     values, rows, chance, maximum, control = (
@@ -150,25 +150,34 @@ def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
         return {"": _pattern_mixing(source)}
     if isinstance(source, Mixing):
         return {"": source}
-    return dict(source) if _is_mixings(source) else mixings(source, kind=options.kind)
+    if not callable(getattr(source, "keys", None)):
+        raise TypeError(
+            "source must be a cache (hook names to tensors), a Mixing or a pattern tensor, "
+            f"got {type(source).__name__}"
+        )
+    found = dict(source) if isinstance(source, Mapping) else {}
+    ready = bool(found) and all(isinstance(m, Mixing) for m in found.values())
+    return found if ready else mixings(source, kind=options.kind)
 
 
 def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> RowBlock:
     """Rows of `mixing` as weights, with `options` applied."""
     allowed = allowed_keys(mixing, start, rows.shape[-2], options).to(rows.device)
     if mixing.signed:
-        rows = _unsigned(rows, allowed, options.normalise)
+        seen = _seen(mixing, start, rows.shape[-2]).to(rows.device)
+        rows = _unsigned(rows, seen, options.normalise)
     plain = not (options.exclude_bos or options.exclude_self or options.key_mask is not None)
     if not plain:
         rows = rows * allowed
-    mass = rows.sum(-1, keepdim=True)
+    raw = mixing.signed and options.normalise == "none"
+    mass = (rows.abs() if raw else rows).sum(-1, keepdim=True)
     full = (mass > 0).squeeze(-1) & rows.isfinite().all(-1)
-    if not plain and options.renormalise and options.normalise != "none":
+    if not plain and options.renormalise and not raw:
         rows = rows / mass.clamp_min(1e-30)
     if options.query_mask is not None:
-        mask = options.query_mask[..., start : start + rows.shape[-2]]
-        full = full & (mask if mask.ndim == 2 else mask[None])[:, None]
-    return RowBlock(rows, allowed, full, start, mixing.crossed)
+        mask = _fitted("query_mask", options.query_mask, mixing, mixing.n_queries)
+        full = full & mask[:, None, start : start + rows.shape[-2]]
+    return RowBlock(rows, allowed, full, start, mixing.n_queries, mixing.crossed)
 
 
 def row_blocks(mixing: Mixing, options: RowOptions) -> Iterator[RowBlock]:
@@ -181,23 +190,33 @@ def allowed_keys(
     mixing: Mixing, start: int, n_rows: int, options: RowOptions
 ) -> Bool[Tensor, "batch 1 rows key"]:
     """Keys that the mixing and the options leave to each query."""
-    allowed = torch.ones(n_rows, mixing.n_keys, dtype=torch.bool)
-    if mixing.causal:
-        allowed = allowed.tril(start)
+    allowed, key = _seen(mixing, start, n_rows), torch.arange(mixing.n_keys)
     if options.exclude_self:
-        allowed = (
-            allowed
-            & ~torch.eye(mixing.n_queries, mixing.n_keys, dtype=torch.bool)[start : start + n_rows]
-        )
+        if mixing.crossed:
+            raise ValueError("exclude_self is undefined between two sequences (cross attention)")
+        allowed = allowed & (key != torch.arange(start, start + n_rows)[:, None])
     if options.exclude_bos:
-        allowed = allowed & (torch.arange(mixing.n_keys) > 0)
+        allowed = allowed & (key > 0)
     allowed = allowed[None, None]
     if options.key_mask is not None:
-        mask = options.key_mask if options.key_mask.ndim == 2 else options.key_mask[None]
-        if mask.shape[-1] != mixing.n_keys:
-            raise ValueError(f"key_mask covers {mask.shape[-1]} keys, the rows {mixing.n_keys}")
+        mask = _fitted("key_mask", options.key_mask, mixing, mixing.n_keys)
         allowed = allowed & mask[:, None, None, :]
     return allowed
+
+
+def _seen(mixing: Mixing, start: int, n_rows: int) -> Bool[Tensor, "rows key"]:
+    """Keys that the mixing lets each query see."""
+    seen = torch.ones(n_rows, mixing.n_keys, dtype=torch.bool)
+    return seen.tril(start) if mixing.causal else seen
+
+
+def _fitted(name: str, mask: Tensor, mixing: Mixing, size: int) -> Bool[Tensor, "batch_or_1 pos"]:
+    """A mask of the options as [batch or 1, pos], its sizes checked."""
+    mask = mask if mask.ndim == 2 else mask[None]
+    n_examples = mixing.n_examples if mixing.n_examples > 1 else len(mask)
+    if mask.shape[-1] != size or len(mask) not in (1, n_examples):
+        raise ValueError(f"{name} {list(mask.shape)} does not fit {n_examples} x {size} positions")
+    return mask
 
 
 def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
@@ -206,26 +225,25 @@ def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple
         mixing.n_queries, mixing.n_keys, causal=mixing.causal, crossed=mixing.crossed
     )
     sums = {key: _Mean() for key in ("value", "chance", "maximum", "control")}
+    divisor = metric.divisor or (lambda block: torch.ones(()))
     for block in row_blocks(mixing, options):
         even = row_block(
             uniform, uniform.rows(block.start, block.start + block.full.shape[-1]),
             block.start, options,
         )  # fmt: skip
         value, defined = metric.value(block)
-        sums["value"].add(value, defined & block.full)
+        sums["value"].add(value, defined & block.full, divisor(block))
         best = torch.ones(()) if metric.ceiling is None else metric.ceiling(block)
-        sums["maximum"].add(best, defined & block.full)
+        sums["maximum"].add(best, defined & block.full, divisor(block))
         value, defined = metric.value(even)
-        sums["chance"].add(value, defined & even.full)
+        sums["chance"].add(value, defined & even.full, divisor(even))
         if metric.control is not None:
             value, defined = metric.control(block)
-            sums["control"].add(value, defined & block.full)
+            sums["control"].add(value, defined & block.full, divisor(block))
     values = sums["value"].of(mixing)
     chance = sums["chance"].mean().nanmean(0)
     maximum = sums["maximum"].mean().nanmean(0)
-    control = torch.full((1,), torch.nan)
-    if metric.control is not None:
-        control = sums["control"].mean().nanmean(0)
+    control = sums["control"].mean().nanmean(0) if metric.control else torch.full((1,), torch.nan)
     return values, sums["value"].count.expand_as(values), chance, maximum, control
 
 
@@ -235,11 +253,10 @@ class _Mean:
     def __init__(self):
         self.total = self.count = torch.zeros((), dtype=torch.float64)
 
-    def add(self, value: Tensor, valid: Tensor) -> None:
-        shape = torch.broadcast_shapes(value.shape, valid.shape)
-        value, valid = value.expand(shape), valid.expand(shape)
+    def add(self, value: Tensor, valid: Tensor, divisor: Tensor) -> None:
+        value, valid, divisor = torch.broadcast_tensors(value, valid, divisor)
         self.total = self.total + torch.where(valid, value, 0).sum(-1, dtype=torch.float64)
-        self.count = self.count + valid.sum(-1)
+        self.count = self.count + torch.where(valid, divisor, 0).sum(-1, dtype=torch.float64)
 
     def mean(self) -> Tensor:
         return self.total / self.count
@@ -262,6 +279,16 @@ def _unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
     return size / size.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
+def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
+    """Values [batch head] without the axes that `pattern` does not have."""
+    if pattern.ndim < 4 and len(values) > 1:
+        raise ValueError(
+            f"a pattern of shape {list(pattern.shape)} is one example, but tokens or masks were "
+            f"given for {len(values)}; pass [batch head query key]"
+        )
+    return values.reshape(values.shape[4 - pattern.ndim :])
+
+
 def _pattern_mixing(pattern: Tensor) -> Mixing:
     if pattern.ndim not in (2, 3, 4):
         raise ValueError(
@@ -271,7 +298,3 @@ def _pattern_mixing(pattern: Tensor) -> Mixing:
     if not pattern.is_floating_point():
         raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
     return DenseMixing(pattern[(None,) * (4 - pattern.ndim)])
-
-
-def _is_mixings(source: Any) -> bool:
-    return isinstance(source, Mapping) and all(isinstance(m, Mixing) for m in source.values())

@@ -79,22 +79,31 @@ def layer_similarity(
         null: what the same numbers are measured on for comparison: the cache of an untrained model
             of the same shape, or of the model on shuffled tokens
         point: hook whose activations "cka" compares
-        **options: fields of `RowOptions`
+        **options: fields of `RowOptions`; for "cka" `exclude_bos` and `query_mask` choose its rows
 
     Raises:
-        ValueError: for fewer than two layers
+        ValueError: for fewer than two layers, or a null with other layers
     """
-    if kind == "cka":
-        table = _cka_table(source, point)
-        beside = None if null is None else _cka_table(null, point)[1]
-        return Similarity("linear CKA", *table, beside)
-    if kind not in ("js", "cosine") or heads not in ("mean", "match"):
+    if kind not in ("js", "cosine", "cka") or heads not in ("mean", "match"):
         raise ValueError(f"kind={kind!r} (js, cosine, cka), heads={heads!r} (mean, match)")
     chosen = RowOptions(**options)
-    layers, values = _pattern_table(source, kind, centred, heads, chosen)
-    beside = None if null is None else _pattern_table(null, kind, centred, heads, chosen)[1]
-    name = kind if kind == "js" else ("centred cosine" if centred else "raw cosine")
-    return Similarity(f"{name}, heads by {heads}", layers, values, beside)
+
+    def table(given: Any) -> tuple[list[str], Tensor]:
+        if kind == "cka":
+            return _cka_table(given, point, chosen)
+        return _pattern_table(given, kind, centred, heads, chosen)
+
+    layers, values = table(source)
+    beside, null_values = (layers, None) if null is None else table(null)
+    if beside != layers:
+        raise ValueError(f"null must have the layers of source, {layers}, got {beside}")
+    cosine = "centred cosine" if centred else "raw cosine"
+    name = (
+        "linear CKA"
+        if kind == "cka"
+        else f"{cosine if kind == 'cosine' else kind}, heads by {heads}"
+    )
+    return Similarity(name, layers, values, null_values)
 
 
 def js_similarity(p: Float[Tensor, "... key"], q: Float[Tensor, "... key"]) -> Float[Tensor, "..."]:
@@ -143,16 +152,31 @@ def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     )
 
 
-def _cka_table(cache: Any, point: str) -> tuple[list[str], Tensor]:
+def _cka_table(cache: Any, point: str, options: RowOptions) -> tuple[list[str], Tensor]:
     names = [n for n in list(cache.keys()) if n.endswith(point)]
     if len(names) < 2:
         raise ValueError(f"cka needs at least two cached activations at {point!r}, found {names}")
-    flat = [cache[n].flatten(0, -2) for n in names]
+    flat = [_token_rows(cache[n], options) for n in names]
     values = torch.eye(len(names), dtype=torch.float64)
     for i in range(len(names)):
         for j in range(i):
             values[i, j] = values[j, i] = linear_cka(flat[i], flat[j])
     return names, values
+
+
+def _token_rows(x: Tensor, options: RowOptions) -> Float[Tensor, "token width"]:
+    """Activations [batch pos …] (or [pos width]) as one row per token that counts."""
+    x = x[None] if x.ndim == 2 else x.flatten(2)
+    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if options.query_mask is not None:
+        if options.query_mask.shape not in (keep.shape, keep.shape[1:]):
+            raise ValueError(
+                f"query_mask {list(options.query_mask.shape)} does not fit activations of "
+                f"[batch pos] = {list(keep.shape)}"
+            )
+        keep = keep & options.query_mask
+    keep[:, 0] &= not options.exclude_bos
+    return x[keep]
 
 
 def _pattern_table(
@@ -183,15 +207,19 @@ def _compare(
     for start, stop, rows in one.blocks():
         a = row_block(one, rows, start, options)
         b = row_block(other, other.rows(start, stop), start, options)
-        p, q = a.weights.double(), b.weights.double()
+        allowed = a.allowed | b.allowed
+        valid = (a.full.all(1) & b.full.all(1))[:, None]  # [batch 1 rows]
+        p, q = (torch.where(valid[..., None], m.weights.double(), 0) for m in (a, b))
         if heads == "mean":
             p, q = p.mean(1, keepdim=True), q.mean(1, keepdim=True)
         p, q = p[:, :, None], q[:, None]  # every head of one against every head of the other
-        several = (a.allowed.sum(-1) > 1)[:, :, None] & a.full.all(1)[:, None, None]
-        part = _js_sums(p, q, several) if kind == "js" else _cosine_sums(p, q, a.allowed, centred)
+        if kind == "js":
+            part = _js_sums(p, q, (valid & (allowed.sum(-1) > 1))[:, :, None])
+        else:
+            part = _cosine_sums(p, q, allowed & valid[..., None], centred)
         sums = [s + t for s, t in zip(sums, part, strict=True)] if sums else part
     table = sums[0] / sums[1] if kind == "js" else sums[0] / (sums[1] * sums[2]).sqrt()
-    return float(_matched(table).mean())
+    return float(_matched(table).nanmean())
 
 
 def _js_sums(p: Tensor, q: Tensor, several: Tensor) -> list[Tensor]:
@@ -213,7 +241,7 @@ def _matched(table: Float[Tensor, "example one other"]) -> Float[Tensor, " examp
     from scipy.optimize import linear_sum_assignment
 
     best = []
-    for example in table:
-        rows, columns = linear_sum_assignment(example.numpy(), maximize=True)
+    for example in table.detach().cpu():
+        rows, columns = linear_sum_assignment(example.nan_to_num().numpy(), maximize=True)
         best.append(example[rows, columns].mean())
     return torch.stack(best)

@@ -6,7 +6,7 @@ Leaves out the forward pass: `models.decoder` has that of the decoder-only model
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from smearlens._files import from_dict, nearest, sha256, write_atomically
-from smearlens._hooks import ActivationCache, HookedRootModule, reads_only
+from smearlens._hooks import ActivationCache, HookedRootModule, caching_hook
 
 FAMILIES = {  # class name in a config.json -> the module that defines it
     "ConvAttn": "smearlens.models.conv_attn",
@@ -101,16 +101,27 @@ class HookedModel(HookedRootModule):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def to_tokens(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """Token ids [batch pos] of a text, of several of one length, or of ids as they are."""
+        """Token ids [batch pos] of a text, of several of one length, or of ids as they are.
+
+        Raises:
+            ValueError: without a tokenizer, or for texts that differ in length
+        """
         if isinstance(text, Tensor):
             return text if text.ndim == 2 else text[None]
         if self.tokenizer is None:
             raise ValueError(
                 f"this {type(self).__name__} has no tokenizer; set model.tokenizer "
-                "(for example CharTokenizer.from_text(...)) or pass token ids as a LongTensor"
+                "(for example CharTokenizer(text)) or pass token ids as a LongTensor"
             )
         texts = [text] if isinstance(text, str) else list(text)
-        return torch.stack([torch.as_tensor(self.tokenizer.encode(t)) for t in texts])
+        rows = [torch.as_tensor(self.tokenizer.encode(t)) for t in texts]
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"text must be one text, or several of one length in tokens; got {lengths} tokens: "
+                "cut them to one length, or take them one by one"
+            )
+        return torch.stack(rows)
 
     # Hooks -------------------------------------------------------------------------------------
 
@@ -128,8 +139,12 @@ class HookedModel(HookedRootModule):
             ValueError: for a name this model does not have, with the nearest it has. After any
                 exception no hook of the block stays attached and hook contexts are as before.
         """
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            self._match(name)
+        for pair in (*fwd_hooks, *bwd_hooks):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(
+                    f"fwd_hooks and bwd_hooks are lists of pairs (name, hook), got {pair!r} in one"
+                )
+            self._match(pair[0], "name")
         attached = {id(handle) for _, handle in self._handles()}
         contexts = {name: dict(point.ctx) for name, point in self.hook_dict.items()}
         try:
@@ -146,7 +161,7 @@ class HookedModel(HookedRootModule):
 
     def add_hook(self, name: str | Callable, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Attach `hook` for good, to one name or to all that a predicate accepts."""
-        self._match(name)
+        self._match(name, "name")
         super().add_hook(name, hook, *args, **kwargs)
 
     def run_with_cache(  # pyrefly: ignore[bad-override]
@@ -171,47 +186,66 @@ class HookedModel(HookedRootModule):
             incl_bwd: run backward from the output (a loss) and keep gradients as `name_grad`
             reset_hooks_end: False leaves the caching hooks attached
             clear_contexts: forget what hooks left in their contexts
-            pos_slice: positions to keep, as TransformerLens' `Slice`
+            pos_slice: positions (queries, of a pattern) to keep, as TransformerLens' `Slice`
             **kwargs: further arguments of the forward pass
 
         Raises:
-            ValueError: for an unknown name, or a filter that accepts nothing
+            ValueError: for an unknown name, a filter that accepts nothing, `remove_batch_dim` of
+                several sequences, or `incl_bwd` of an output that is no loss
         """
-        names = list(self.hook_dict) if names_filter is None else self._match(names_filter)
-        if not names:
+        names = self._match(names_filter, "names_filter")
+        tokens = inputs[0] if inputs else kwargs.get("tokens")
+        if remove_batch_dim and isinstance(tokens, Tensor) and tokens.shape[0] != 1:
             raise ValueError(
-                f"names_filter accepts none of the {len(self.hook_dict)} hooks of "
-                f"{type(self).__name__}; list(model.hook_dict) shows them"
+                f"remove_batch_dim needs a batch of 1, got tokens of shape {tuple(tokens.shape)}"
             )
-        if remove_batch_dim and isinstance(inputs[0], Tensor) and inputs[0].shape[0] != 1:
-            raise ValueError(
-                f"remove_batch_dim needs a batch of 1, got tokens of shape {tuple(inputs[0].shape)}"
-            )
-        kept, forward, backward = self.get_caching_hooks(
-            names,
-            incl_bwd,
-            torch.device(device) if device else None,
-            remove_batch_dim,
-            pos_slice=pos_slice,
-        )
-        forward = [(name, reads_only(hook)) for name, hook in forward]
+        kept: dict[str, Tensor] = {}
+        options = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
+        keep = caching_hook(kept, **options)
+        keep_gradient = caching_hook(kept, backward=True, **options)
+        forward = [(name, keep) for name in names]
+        backward = [(name, keep_gradient) for name in names if incl_bwd]
         with self.hooks(forward, backward, reset_hooks_end, clear_contexts):
             output = self(*inputs, **kwargs)
             if incl_bwd:
+                _require_scalar(output)
                 output.backward()
         return output, ActivationCache(kept, self, has_batch_dim=not remove_batch_dim)
 
-    def _match(self, wanted: str | Sequence[str] | Callable[[str], bool]) -> list[str]:
-        """The hook names that `wanted` names or accepts; unknown ones raise."""
-        if callable(wanted):
-            return [name for name in self.hook_dict if wanted(name)]
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """What TransformerLens' method of that name returns, unknown names excepted."""
+        return super().get_caching_hooks(self._match(names_filter, "names_filter"), *args, **kwargs)
+
+    def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """What TransformerLens' method of that name does, unknown names excepted."""
+        return super().add_caching_hooks(self._match(names_filter, "names_filter"), *args, **kwargs)
+
+    def _match(self, wanted: Any, argument: str) -> list[str]:
+        """The hook names that `wanted` names or accepts; unknown ones raise, and so does none."""
+        if wanted is None and argument == "names_filter":
+            names = list(self.hook_dict)
+        elif callable(wanted):
+            names = [name for name in self.hook_dict if wanted(name)]
+        elif argument == "names_filter" and isinstance(wanted, Iterable):
+            names = [wanted] if isinstance(wanted, str) else list(wanted)
+        else:
+            names = [wanted]
         for name in names:
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"{argument} takes hook names or a predicate on names, got {name!r}; "
+                    "list(model.hook_dict) shows the names"
+                )
             if name not in self.hook_dict:
                 raise ValueError(
                     f"no hook {name!r} in {type(self).__name__}; "
                     f"nearest: {nearest(name, self.hook_dict)}"
                 )
+        if not names:
+            raise ValueError(
+                f"{argument} accepts none of the {len(self.hook_dict)} hooks of "
+                f"{type(self).__name__}; list(model.hook_dict) shows them"
+            )
         return names
 
     def _handles(self) -> Iterator[tuple[Any, Any]]:
@@ -244,7 +278,7 @@ class HookedModel(HookedRootModule):
         Raises:
             ModelFileError: for anything missing, unexpected, misshapen, altered or not finite
         """
-        return load_folder(cls, _find(str(name)))
+        return load_folder(cls, _find(name))
 
     def push_to_hub(
         self, repository: str, *, private: bool = False, token: str | None = None
@@ -270,7 +304,7 @@ def preset_config(cls: type[HookedModel], name: str, **changes: Any) -> Any:
             f"unknown preset {name!r} of {cls.__name__}; known: {sorted(cls.presets)}, "
             f"nearest: {nearest(name, cls.presets)}"
         )
-    return cls.config_class(**{**cls.presets[name].changes, **changes})
+    return from_dict(cls.config_class, {**cls.presets[name].changes, **changes})
 
 
 def family(name: str) -> type[HookedModel]:
@@ -282,14 +316,18 @@ def family(name: str) -> type[HookedModel]:
 
 def load_model(path: str | Path) -> HookedModel:
     """Load a saved model of whatever class its `config.json` names."""
-    folder = _find(str(path))
-    return load_folder(family(_description(folder)["model"]), folder)
+    folder = _find(path)
+    name = _description(folder)["model"]
+    if name not in FAMILIES:
+        raise ModelFileError(
+            f"{folder / 'config.json'}: holds a model of class {name!r}, expected one of "
+            f"{sorted(FAMILIES)}; update smearlens or restore the file"
+        )
+    return load_folder(family(name), folder)
 
 
 def load_folder(cls: type[Model], folder: Path) -> Model:
     """Build the model that `folder` describes and fill it with its weights, checking everything."""
-    from safetensors.torch import load_file
-
     description = _description(folder)
     if description["model"] != cls.__name__:
         raise ModelFileError(
@@ -309,14 +347,15 @@ def load_folder(cls: type[Model], folder: Path) -> Model:
         model = cls(from_dict(cls.config_class, description["config"], str(folder / "config.json")))
     except ValueError as error:
         raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
-    state = load_file(weights)
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ModelFileError(f"{weights}: {name} holds a value that is not finite; train again")
+    state = _weights(weights)
+    model.to(next(iter(state.values())).dtype)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ModelFileError(f"{weights}: does not fit config.json ({error})") from error
+        raise ModelFileError(
+            f"{weights}: does not fit config.json, which expects other weights ({error}); "
+            "save the model again with save_pretrained"
+        ) from error
     return model.eval()
 
 
@@ -334,24 +373,38 @@ def model_card(model: HookedModel) -> str:
     )
 
 
-def _find(name: str) -> Path:
+def _require_scalar(output: Any) -> None:
+    """Raise a ValueError unless `output` is something to run backward from."""
+    if not (isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad):
+        given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"incl_bwd runs backward from a scalar that depends on weights, got {given}; "
+            "pass return_type='loss', and enable gradients"
+        )
+
+
+def _find(name: str | Path) -> Path:
     """The folder a name stands for; the network is asked only for `owner/name`."""
-    for folder in (Path(name), SHIPPED / name):
-        if (folder / "config.json").exists():
+    given, text = Path(name).expanduser(), str(name)
+    for folder in (given, SHIPPED / text):
+        if (folder / "config.json").is_file():
             return folder
     shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
+    if local or given.exists() or given.parent.exists():
+        found = sorted(p.name for p in given.iterdir()) if given.is_dir() else "no such folder"
         raise ModelFileError(
-            f"no saved model at {name!r} (a folder with config.json and model.safetensors); "
-            f"shipped with the package: {shipped}; on the hub a name reads owner/name"
+            f"{text}: expected a folder with config.json and model.safetensors, found {found}; "
+            f"write one with save_pretrained, or name a model that ships with the package "
+            f"{shipped} or, as owner/name, one on the hub"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(text, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:
         raise ModelFileError(
-            f"{name!r} is no local folder and could not be fetched from the hub ({error}); "
+            f"{text}: no local folder, and could not be fetched from the hub ({error}); "
             f"shipped with the package: {shipped}"
         ) from error
 
@@ -363,10 +416,39 @@ def _description(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if found["schema"] != SCHEMA:
             raise ModelFileError(
-                f"{path}: schema {found['schema']}, this version reads {SCHEMA}; update smearlens"
+                f"{path}: found schema {found['schema']!r}, expected {SCHEMA}; update smearlens, "
+                "or save the model again with save_pretrained"
             )
-        return {key: found[key] for key in ("model", "config", "sha256")}
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        description = {key: found[key] for key in ("model", "config", "sha256")}
+        if not all(isinstance(description[key], str) for key in ("model", "sha256")):
+            raise TypeError("model and sha256 must be strings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
-            f"{path}: not a model description ({error!r}); expected schema, model, config, sha256"
+            f"{path}: found no model description ({error!r}), expected an object with schema, "
+            "model, config, sha256; restore it or save the model again with save_pretrained"
         ) from error
+    return description
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: of one floating dtype, and finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    remedy = "train the model again, or fetch or save the file again"
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ModelFileError(f"{path}: not a safetensors file ({error}); {remedy}") from error
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        found = sorted(str(dtype) for dtype in dtypes)
+        raise ModelFileError(
+            f"{path}: found weights of {found}, expected one floating dtype; {remedy}"
+        )
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ModelFileError(
+                f"{path}: found a value in {name} that is not finite, expected none; {remedy}"
+            )
+    return state

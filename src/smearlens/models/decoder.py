@@ -5,6 +5,7 @@ The shared frame of the decoder-only models. Each model's own file says what its
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,15 +29,19 @@ def check_choice(name: str, value: Any, allowed: tuple) -> None:
 
 
 def check_sizes(config: Any, *names: str) -> None:
-    """Raise a ValueError unless each named field is a positive int, and heads divide the width."""
+    """Raise a ValueError unless the named fields are positive ints and the others make sense."""
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
     if config.d_model % config.n_heads:
         raise ValueError(f"n_heads={config.n_heads} must divide d_model={config.d_model}")
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be True or False, got {value!r}")
+    if not isinstance(config.dropout, (int, float)) or not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout!r}")
     check_choice("positions", config.positions, POSITIONS)
 
 
@@ -85,18 +90,18 @@ class Decoder(HookedModel):
             ValueError, TypeError: for tokens of another shape, dtype or range, or too many
         """
         check_choice("return_type", return_type, ("logits", "loss", "both"))
-        past = 0 if state is None or "tokens" not in state else state["tokens"].shape[1]
-        self._check_tokens(tokens, past)
+        earlier = None if state is None else state.get("tokens")
+        past = 0 if earlier is None else earlier.shape[1]
+        self._check_tokens(tokens, earlier)
         x = self.hook_embed(self.embed(tokens))
         if self.pos_embed is not None:
-            positions = self.pos_embed(past, tokens.shape[1]).expand_as(x)
-            x = x + self.hook_pos_embed(positions)
+            x = x + self.hook_pos_embed(self._positions(past, tokens.shape[1]).expand_as(x))
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, state)
         logits = self.unembed(self.ln_final(x))
         if state is not None:
-            state["tokens"] = torch.cat((state["tokens"], tokens), 1) if past else tokens
+            state["tokens"] = tokens if earlier is None else torch.cat((earlier, tokens), 1)
         if return_type == "logits":
             return logits
         loss = next_token_loss(logits, tokens, loss_mask)
@@ -108,7 +113,7 @@ class Decoder(HookedModel):
         tokens: Int[Tensor, "batch pos"],
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch total"]:
@@ -123,18 +128,24 @@ class Decoder(HookedModel):
 
         Returns:
             prompt and continuation
+
+        Raises:
+            ValueError, TypeError: for tokens or options that are not as described
         """
-        total = tokens.shape[1] + max_new_tokens
-        if max_new_tokens < 1 or total > self.config.n_ctx:
+        self._check_tokens(tokens, None)
+        n_ctx, length = self.config.n_ctx, tokens.shape[1]
+        if type(max_new_tokens) is not int or not 1 <= max_new_tokens <= n_ctx - length:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens} after a prompt of {tokens.shape[1]} must be at "
-                f"least 1 and fit n_ctx={self.config.n_ctx}"
+                f"max_new_tokens={max_new_tokens!r} after a prompt of {length} must be an int, at "
+                f"least 1, and fit n_ctx={n_ctx}"
             )
-        if temperature < 0 or (temperature > 0 and generator is None):
+        if not temperature >= 0 or (temperature > 0 and generator is None):
             raise ValueError(
                 f"temperature={temperature} with generator={generator}: pass temperature=0 for "
                 "greedy decoding, or a temperature > 0 and a torch.Generator"
             )
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k must be an int, at least 1, or None, got {top_k!r}")
         state: dict[str, Tensor] = {}
         new = tokens
         for _ in range(max_new_tokens):
@@ -143,12 +154,37 @@ class Decoder(HookedModel):
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
-    def _check_tokens(self, tokens: Tensor, past: int) -> None:
-        config = self.config
+    def _positions(self, start: int, length: int) -> Float[Tensor, "pos d_model"]:
+        """Rows of the position table: a copy, so that caches do not follow the optimiser."""
+        assert self.pos_embed is not None
+        positions = self.pos_embed(start, length).clone()
+        if torch.is_grad_enabled() and self.hook_pos_embed.bwd_hooks:
+            positions.requires_grad_()  # a fixed table has a gradient when a hook asks for it
+        return positions
+
+    def _check_tokens(self, tokens: Any, earlier: Tensor | None) -> None:
+        """Raise unless `tokens` can follow `earlier` ones (None: can start a sequence)."""
+        config, place = self.config, self.embed.weight.device
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tokens must be an int64 tensor [batch pos], got {type(tokens).__name__}; "
+                "model.to_tokens(text) makes one of a text"
+            )
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [batch pos], got shape {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64, got {tokens.dtype}; use tokens.long()")
+        if tokens.device != place:
+            raise ValueError(
+                f"tokens are on {tokens.device}, the model is on {place}; "
+                f"use tokens.to({str(place)!r})"
+            )
+        if earlier is not None and earlier.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"state holds {earlier.shape[0]} sequences, tokens {tokens.shape[0]}; "
+                "start other sequences with an empty state"
+            )
+        past = 0 if earlier is None else earlier.shape[1]
         if past + tokens.shape[1] > config.n_ctx:
             raise ValueError(
                 f"tokens reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
@@ -173,19 +209,27 @@ def next_token_loss(
         raise ValueError(f"a loss needs at least 2 tokens, got shape {tuple(tokens.shape)}")
     targets = tokens[:, 1:].long()
     if loss_mask is not None:
+        if loss_mask.dtype != torch.bool or loss_mask.shape != tokens.shape:
+            raise ValueError(
+                f"loss_mask must be a bool tensor {list(tokens.shape)} as the tokens are, got "
+                f"{loss_mask.dtype} {list(loss_mask.shape)}; True keeps a target"
+            )
+        if not loss_mask[:, 1:].any():
+            raise ValueError(
+                "loss_mask keeps no target (position 0 is none); the mean is undefined"
+            )
         targets = targets.masked_fill(~loss_mask[:, 1:], -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), targets.flatten())
 
 
 def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+    logits: Tensor, temperature: float | int, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token per row [batch 1]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

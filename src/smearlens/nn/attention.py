@@ -50,7 +50,13 @@ class Attention(nn.Module):
         conv_causal: bool = True,
     ):
         super().__init__()
+        if n_heads < 1 or d_model < 1 or d_model % n_heads:
+            raise ValueError(f"n_heads={n_heads} must be at least 1 and divide d_model={d_model}")
+        for role in conv_on:
+            if role not in ("q", "k", "v"):
+                raise ValueError(f"conv_on takes 'q', 'k' and 'v', got {role!r}")
         self.n_heads, self.causal = n_heads, causal
+        self.name = ""  # the model's setup() writes the module's path here; it prefixes `state`
         self.d_head = d_model // n_heads
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # q, k, v stacked
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
@@ -83,7 +89,15 @@ class Attention(nn.Module):
             key_mask: True where a key may be seen; every query must see at least one
             state: what earlier tokens left behind (keys, values, convolution buffers); read and
                 updated in place, under names that start with this layer's own
+
+        Raises:
+            ValueError: if a causal layer is given a source, whose positions it cannot compare
         """
+        if source is not None and self.causal:
+            raise ValueError(
+                "source is another sequence, which has no past and no future here: "
+                "build the layer with causal=False for cross attention"
+            )
         past = 0 if state is None else _length(state.get(f"{self.name}.k"))
         q, k, v = self._project(x, source, state, past)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)

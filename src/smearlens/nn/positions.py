@@ -67,15 +67,16 @@ class Rotary(nn.Module):
         super().__init__()
         if d_head % 2:
             raise ValueError(f"rotary positions need an even d_head, got {d_head}; change n_heads")
-        exponent = torch.arange(0, d_head, 2, dtype=torch.float64) / d_head
-        self.register_buffer("frequency", (base**-exponent).float(), persistent=False)
+        self.d_head, self.base = d_head, base
 
     def forward(
         self, x: Float[Tensor, "batch pos head d_head"], start: int = 0
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Rotate `x`, whose first token stands at position `start`."""
-        position = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)
-        angle = torch.outer(position, self.frequency)[:, None, :]
+        wide = torch.promote_types(x.dtype, torch.float32)  # half a digit of an angle is no angle
+        even = torch.arange(0, self.d_head, 2, device=x.device, dtype=wide)
+        position = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)
+        angle = torch.outer(position, self.base ** (-even / self.d_head))[:, None, :]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,41 @@
+# make demo    train, judge and report: runs/compare/report.html
+# make test    the tests
+# make check   everything CI checks: format, lint, types, tests
+# make bench   speed and memory as ratios in one process
+# Each installs into .venv first if that is missing or older than the project's own files.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH_THREADS := OMP_NUM_THREADS=1
+
+.PHONY: demo test check format lint types bench clean
+
+demo: .venv/installed
+	$(BIN)/smearlens compare --out runs/compare
+
+test: .venv/installed
+	$(TORCH_THREADS) $(BIN)/python -m pytest -q -n 2
+
+check: .venv/installed lint types test
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/pyrefly check
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

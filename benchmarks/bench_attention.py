@@ -1,0 +1,167 @@
+"""The attention core and the streamed statistics beside torch's fused attention.
+
+    python benchmarks/bench_attention.py
+
+Peer of every ratio: one `F.scaled_dot_product_attention` of the same tensors, forward for the
+statistics, forward + backward for the core. Memory is the rise of the peak resident set in a fresh
+process; errors are against a dense float64 pattern.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from timing import Row, compare, report, row
+from torch import Tensor
+from torch.nn import functional as F
+
+from smearlens._hooks import HookPoint, caching_hook
+from smearlens.analysis.streaming import diagonal, log_normaliser, row_statistics
+from smearlens.nn.attention import Attention, explicit_attention
+
+STATISTICS_BAR = 1.3  # of one fused forward
+MEMORY_BAR = 128  # MB, at 32768 tokens
+EXPLICIT_BAR = 2.0  # of the fused core, forward + backward
+UNHOOKED_BAR = 1.05  # of the same layer written without hook points
+CORE = (32, 8, 256, 64)  # batch, head, pos, d_head
+
+
+def random_qkv(batch: int, head: int, pos: int, d_head: int) -> list[Tensor]:
+    """q, k, v as a layer makes them: views of [batch pos head d_head]."""
+    generator = torch.Generator().manual_seed(0)
+    draw = (torch.randn(batch, pos, head, d_head, generator=generator) for _ in range(3))
+    return [t.transpose(1, 2) for t in draw]
+
+
+def statistics_rows(shape: tuple[int, ...], *, causal: bool) -> list[Row]:
+    q, k, v = random_qkv(*shape)
+    lse = log_normaliser(q, k, causal=causal)
+    subjects = {
+        "row_statistics": lambda: row_statistics(q, k, causal=causal),
+        "log_normaliser": lambda: log_normaliser(q, k, causal=causal),
+        "diagonal, normaliser known": lambda: diagonal(q, k, 1, lse, causal=causal),
+    }
+
+    def fused() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    kind = "causal" if causal else "full"
+    return [
+        compare(f"{name} / fused forward, {kind}", shape, run, fused, STATISTICS_BAR, rounds=5)
+        for name, run in subjects.items()
+    ]
+
+
+def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> list[Row]:
+    q, k, _ = random_qkv(*shape)
+    found = row_statistics(q, k, causal=True)
+    length = shape[2]
+    lag = torch.arange(length)[:, None] - torch.arange(length)
+    scores = q.double() @ k.double().mT * shape[3] ** -0.5
+    pattern = scores.masked_fill(lag < 0, -torch.inf).softmax(-1)
+    entropy = -torch.special.xlogy(pattern, pattern).sum(-1)
+    distance = (pattern * lag.abs()).sum(-1)
+    errors = [
+        float((found.entropy - entropy).abs().max()),
+        float((found.distance - distance).abs().max()) / length,
+    ]
+    return [
+        row("entropy, largest error in nats", shape, errors[0], 2e-5),
+        row("mean distance, largest error / pos", shape, errors[1], 1e-6),
+    ]
+
+
+def memory_rows(shape: tuple[int, ...] = (1, 2, 32768, 64)) -> list[Row]:
+    command = [sys.executable, __file__, "--peak", *map(str, shape)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [row("row_statistics, rise of the peak in MB", shape, float(run.stdout), MEMORY_BAR)]
+
+
+def print_peak_rise(shape: tuple[int, ...]) -> None:
+    """What the child process of `memory_rows` does."""
+    q, k, _ = random_qkv(*shape)
+    row_statistics(q[:, :, :256], k[:, :, :256], causal=True)  # libraries load what they load
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _resident("VmHWM")
+    row_statistics(q, k, causal=True)
+    print(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> float:
+    """MB of this process."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def core_rows() -> list[Row]:
+    q, k, v = (t.requires_grad_() for t in random_qkv(*CORE))
+    dz = torch.randn(CORE, generator=torch.Generator().manual_seed(1))
+    pos = CORE[2]
+    mask = torch.zeros(1, 1, pos, pos).masked_fill(
+        torch.ones(pos, pos, dtype=torch.bool).triu(1), -torch.inf
+    )
+    points = [HookPoint(), HookPoint()]
+    for point, name in zip(points, ("scores", "pattern"), strict=True):
+        point.name = name
+        point.add_hook(caching_hook({}))
+
+    def fused() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def explicit() -> Tensor:
+        return explicit_attention(q, k, v, mask, CORE[3] ** -0.5, *points)
+
+    def gradients(forward) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), (q, k, v), dz)
+
+    name = "explicit core, read by hooks / fused, forward + backward"
+    sides = (lambda: gradients(explicit)), (lambda: gradients(fused))
+    error = float((explicit() - fused()).detach().abs().max())
+    return [
+        compare(name, CORE, *sides, EXPLICIT_BAR),
+        row("explicit core, largest difference from fused", CORE, error, 1e-6),
+    ]
+
+
+def layer_rows() -> list[Row]:
+    batch, head, pos, d_head = CORE
+    layer = Attention(head * d_head, head)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, pos, head * d_head, generator=generator, requires_grad=True)
+    leaves = (x, layer.in_proj.weight, layer.out_proj.weight)
+    dy = torch.randn(x.shape, generator=generator)
+
+    def bare(x: Tensor) -> Tensor:
+        q, k, v = (
+            t.view(batch, pos, head, d_head).transpose(1, 2)
+            for t in F.linear(x, layer.in_proj.weight).chunk(3, -1)
+        )
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.linear(z.transpose(1, 2).reshape(x.shape), layer.out_proj.weight)
+
+    name = "Attention, nothing hooked / the same without hook points, forward + backward"
+    sides = [lambda f=f: torch.autograd.grad(f(x), leaves, dy) for f in (layer, bare)]
+    return [compare(name, CORE, *sides, UNHOOKED_BAR, rounds=15)]
+
+
+def main() -> list[Row]:
+    rows = core_rows() + layer_rows() + accuracy_rows() + memory_rows()
+    for shape in ((1, 2, 2048, 64), (1, 8, 2048, 64), (1, 2, 8192, 64)):
+        rows += statistics_rows(shape, causal=True) + statistics_rows(shape, causal=False)
+    report(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        print_peak_rise(tuple(map(int, sys.argv[2:])))
+    else:
+        main()

@@ -1,0 +1,1 @@
+"""From other libraries' models and caches to the names of this one."""

@@ -1,0 +1,1 @@
+"""Texts, tokenizers, synthetic tasks and batches: everything that a model reads."""

@@ -1,0 +1,1 @@
+"""Studies: each a frozen configuration and a function that runs it to a report."""

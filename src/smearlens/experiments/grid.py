@@ -1,0 +1,140 @@
+"""A study as a grid of cells: each trains one model in its own folder and measures it once.
+
+Running a grid again runs only what is missing; a killed cell resumes from its checkpoint. Leaves
+out what the cells are and what is measured: those belong to the studies.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smearlens._files import write_atomically
+from smearlens.models.base import HookedModel, family
+from smearlens.training.config import TrainConfig
+from smearlens.training.loop import train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run of a study.
+
+    Attributes:
+        name: of the variant
+        task: what it is trained on, a key of the study's tasks
+        seed: of weights, data order and dropout
+        model: name of the model class
+        config: its configuration
+        train: how it is trained
+    """
+
+    name: str
+    task: str
+    seed: int
+    model: str
+    config: Any
+    train: TrainConfig
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.task}-{self.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a cell is trained and measured on.
+
+    Attributes:
+        data: seed to a data source (`batch(step)`)
+        evaluate: model to numbers, for the learning curve
+        measure: model and cell to the numbers of the study
+    """
+
+    data: Callable[[int], Any]
+    evaluate: Callable[[Any], dict[str, float]]
+    measure: Callable[[HookedModel, Cell], dict[str, Any]]
+
+
+def run_grid(
+    cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], out: Path, *, jobs: int = 1
+) -> list[dict[str, Any]]:
+    """Train and measure every cell that has no `measures.json` yet; returns all measures, in order.
+
+    Args:
+        cells: the grid
+        tasks: makes the tasks; an importable function, since worker processes call it too
+        out: folder of the study; each cell has its own under `out/runs`
+        jobs: processes. Each cell runs on one thread, whatever the number, so that results do not
+            depend on it; what a dying worker leaves undone is done by this process
+    """
+    names = [cell.folder for cell in cells]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two cells share a folder: {sorted(names)}")
+    runs = out / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not (runs / cell.folder / "measures.json").exists()]
+    if jobs > 1 and len(missing) > 1:
+        context = multiprocessing.get_context("spawn")
+        shares = [missing[i::jobs] for i in range(min(jobs, len(missing)))]
+        workers = [
+            context.Process(target=_run_share, args=(share, tasks, runs), daemon=True)
+            for share in shares
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    _run_share(cells, tasks, runs)
+    return [json.loads((runs / name / "measures.json").read_text()) for name in names]
+
+
+def _run_share(cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], runs: Path) -> None:
+    """Run these cells one after another on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        missing = [cell for cell in cells if not (runs / cell.folder / "measures.json").exists()]
+        made = tasks() if missing else {}
+        parent = multiprocessing.parent_process()
+        for cell in missing:
+            if parent is not None and not parent.is_alive():
+                return  # the study was killed: leave nothing running behind it
+            run_cell(cell, made[cell.task], runs / cell.folder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
+    """Train the cell's model in `folder` (resuming), measure it, and write `measures.json` last."""
+    started = time.perf_counter()
+    cls = family(cell.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        model = cls(cell.config)
+    result = train(model, task.data(cell.seed), cell.train, out=folder, evaluate=task.evaluate)
+    model.eval()
+    measures = {
+        "name": cell.name,
+        "task": cell.task,
+        "seed": cell.seed,
+        "model": cell.model,
+        "config": asdict(cell.config),
+        "n_parameters": model.n_parameters,
+        "steps": cell.train.steps,
+        "curve": result.log("evaluation"),
+        "final_train_loss": result.log("metrics")[-1]["loss"],
+        **task.measure(model, cell),
+    }
+    write_atomically(folder / "measures.json", json.dumps(measures, indent=1) + "\n")
+    write_atomically(
+        folder / "seconds.txt", f"{time.perf_counter() - started:.1f}\n"
+    )  # kept apart: measures are the same on every machine, times are not
+    return measures

@@ -1,0 +1,188 @@
+"""Ablations against hand-made edits, and on models whose cause is known."""
+
+import pytest
+import torch
+
+from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, repeated_tokens
+from smearlens.causal.ablate import (
+    Component,
+    Effect,
+    ablate,
+    keep_lags,
+    measure_with,
+    present_only,
+    role_without_lags,
+)
+
+SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
+
+
+@pytest.fixture
+def model():
+    return ConvAttn(ConvAttnConfig(**SIZES, kernel_size=4, residual=True)).eval()
+
+
+@pytest.fixture
+def tokens(generator):
+    return repeated_tokens(7, (3, 5), 11, 13, generator=generator)
+
+
+def last_logit(logits, tokens):
+    return logits[:, -1, 0]
+
+
+def run_manually(model, tokens, name, edit):
+    return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: edit(t))])[:, -1, 0]
+
+
+def test_zero_mean_and_resample_equal_hand_made_edits(model, tokens, generator):
+    name, heads = "blocks.0.attn.hook_z", (0, 2)
+    _, cache = model.run_with_cache(tokens)
+    z = cache[name]
+
+    def with_heads(new):
+        def edit(t):
+            t = t.clone()
+            t[:, :, list(heads)] = new.expand_as(t)[:, :, list(heads)]
+            return t
+
+        return edit
+
+    expected = {
+        "zero": with_heads(torch.zeros_like(z)),
+        "mean": with_heads(z.mean((0, 1), keepdim=True)),
+        "mean_by_position": with_heads(z.mean(0, keepdim=True)),
+    }
+    for how, edit in expected.items():
+        effect = ablate(
+            model, tokens, Component(name, heads), how=how, metric=last_logit, n_controls=0,
+            generator=generator,
+        )  # fmt: skip
+        torch.testing.assert_close(effect.changed, run_manually(model, tokens, name, edit))
+        torch.testing.assert_close(effect.clean, last_logit(model(tokens), tokens))
+    partner = torch.randperm(7, generator=torch.Generator().manual_seed(5))
+    effect = ablate(
+        model, tokens, Component(name, heads), how="resample", metric=last_logit, n_controls=0,
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    torch.testing.assert_close(
+        effect.changed, run_manually(model, tokens, name, with_heads(z[partner]))
+    )
+
+
+def test_controls_are_other_units_of_the_same_number(model, tokens, generator):
+    effect = ablate(
+        model, tokens, Component("blocks.0.attn.hook_z", (1,)), metric=last_logit, n_controls=9,
+        generator=generator,
+    )  # fmt: skip
+    singles = [
+        ablate(model, tokens, Component("blocks.0.attn.hook_z", (h,)), metric=last_logit,
+               n_controls=0, generator=generator).changed
+        for h in (0, 2)
+    ]  # fmt: skip
+    assert effect.controls.shape == (9, 7)
+    for control in effect.controls:
+        assert any(torch.allclose(control, single) for single in singles)
+
+
+def test_pattern_preserving_keeps_later_patterns(tokens, generator):
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=2)).eval()
+    _, cache = model.run_with_cache(tokens)
+    frozen = cache["blocks.1.attn.hook_pattern"]
+
+    def zero_head(z, hook):
+        z[:, :, 1] = 0
+        return z
+
+    expected = model.run_with_hooks(
+        tokens,
+        fwd_hooks=[
+            ("blocks.0.attn.hook_z", zero_head),
+            ("blocks.1.attn.hook_pattern", lambda p, hook: frozen),
+        ],
+    )[:, -1, 0]
+    effect = ablate(
+        model, tokens, Component("blocks.0.attn.hook_z", (1,)), how="pattern_preserving",
+        metric=last_logit, n_controls=0, generator=generator,
+    )  # fmt: skip
+    torch.testing.assert_close(effect.changed, expected)
+    plain = ablate(model, tokens, Component("blocks.0.attn.hook_z", (1,)), metric=last_logit,
+                   n_controls=0, generator=generator)  # fmt: skip
+    assert not torch.allclose(plain.changed, expected)
+
+
+def test_keep_lags_equals_a_kernel_with_zeroed_taps(model, tokens):
+    edited = ConvAttn(model.config).eval()
+    edited.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        edited.blocks[0].conv.weight[:, [1, 3]] = 0
+    hooks = keep_lags(model, "blocks.0.conv", [0, 2])
+    torch.testing.assert_close(model.run_with_hooks(tokens, fwd_hooks=hooks), edited(tokens))
+
+
+def test_roles_are_the_only_thing_that_changes(model, tokens, generator):
+    """Removing the lags of K equals attention whose keys come from the lag-0 stream."""
+    block = model.blocks[0]
+    x = model.embed(tokens) + model.pos_embed(0, 11)
+    full, bare = x + block.conv(x), x + x * block.conv.weight[:, 0]
+    q, _, v = block.attn.in_proj(full).chunk(3, -1)
+    _, k, _ = block.attn.in_proj(bare).chunk(3, -1)
+    q, k, v = (t.view(7, 11, 3, 4).transpose(1, 2) for t in (q, k, v))
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = full + block.attn.out_proj(z.transpose(1, 2).reshape(7, 11, 12))
+    expected = model.unembed(out)[:, -1, 0]
+    effect = role_without_lags(model, tokens, "k", metric=last_logit, generator=generator)
+    torch.testing.assert_close(effect.changed, expected)
+    assert effect.controls.shape == (3, 7)
+
+
+def test_all_roles_of_smeared_keys_equal_keys_alone(tokens, generator):
+    model = ConvAttn(ConvAttnConfig(**SIZES, conv_on=None, smear=True)).eval()
+    k, everything = (
+        role_without_lags(model, tokens, roles, metric=last_logit, generator=generator).changed
+        for roles in ("k", "qkv")
+    )
+    torch.testing.assert_close(k, everything)
+    silent = ConvAttn(model.config).eval()
+    silent.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        silent.blocks[0].attn.smear.alpha.fill_(100.0)
+    torch.testing.assert_close(k, last_logit(silent(tokens), tokens))
+
+
+def test_an_effect_knows_its_interval():
+    effect = Effect("x", torch.tensor([1.0, 2, 3]), torch.tensor([0.5, 1.5, 2.5]))
+    assert effect.mean() == pytest.approx(-0.5)
+    assert effect.interval() == pytest.approx((-0.5, -0.5))
+    assert effect.control != effect.control  # NaN without controls
+    assert "-0.500" in repr(effect)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, t, g: keep_lags(m, "blocks.0.attn", [0]), r"no convolution.*'blocks.0.conv'"),
+        (
+            lambda m, t, g: ablate(m, t, Component("blocks.0.attn.hook_z", (5,)), generator=g),
+            r"units \[5\].*0\.\.2",
+        ),
+        (lambda m, t, g: ablate(m, t, "blocks.0.attn.hook_z", how="none", generator=g), "how must"),
+        (lambda m, t, g: ablate(m, t, "blocks.0.attn.hook_zz", generator=g), "nearest"),
+        (lambda m, t, g: role_without_lags(m, t, "x", generator=g), r"roles.*'q', 'k', 'v'"),
+    ],
+)
+def test_bad_input_is_named(model, tokens, generator, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, tokens, generator)
+
+
+def test_present_only_needs_something_to_remove(tokens):
+    model = ConvAttn(ConvAttnConfig(**SIZES, conv_on=None))
+    with pytest.raises(ValueError, match="has no convolution and no smearing"):
+        present_only(model)
+
+
+def test_measuring_leaves_nothing_attached(model, tokens):
+    before = model(tokens)
+    measure_with(model, tokens, present_only(model), last_logit)
+    assert torch.equal(before, model(tokens))

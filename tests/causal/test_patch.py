@@ -1,0 +1,88 @@
+"""Patching against its definition: all patched is the clean run, nothing patched the corrupt."""
+
+import pytest
+import torch
+
+from smearlens import AttnAttn, AttnAttnConfig, repeated_tokens
+from smearlens.causal.ablate import Component
+from smearlens.causal.patch import attribution, patch_activation, patch_path
+
+SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17, "n_layers": 2}
+
+
+@pytest.fixture
+def setting(generator):
+    model = AttnAttn(AttnAttnConfig(**SIZES)).eval()
+    clean, corrupt = (repeated_tokens(19, (3, 5), 11, 13, generator=generator) for _ in range(2))
+    return model, clean, corrupt
+
+
+def target_logit(logits, tokens):
+    return logits[:, -1].gather(-1, tokens[:, -1:])[:, 0]
+
+
+def shifted_logit(logits, tokens):
+    """Differs between clean and corrupt far beyond noise: depends on the last token's embedding."""
+    return logits[:, -1].square().sum(-1) + 10 * (logits[:, -1].argmax(-1) == tokens[:, -1])
+
+
+def test_patching_the_last_residual_recovers_everything(setting):
+    model, clean, corrupt = setting
+    found = patch_activation(model, clean, corrupt, "blocks.1.hook_resid_post", metric=target_logit)
+    torch.testing.assert_close(found.patched, found.clean)
+    assert not torch.allclose(found.corrupt, found.clean)
+    if found.defined:
+        assert found.recovered == pytest.approx(1.0)
+
+
+def test_patching_one_position_equals_a_hand_made_edit(setting):
+    model, clean, corrupt = setting
+    _, cache = model.run_with_cache(clean)
+
+    def edit(z, hook):
+        z[:, [2, 5], 1] = cache["blocks.0.attn.hook_z"][:, [2, 5], 1]
+        return z
+
+    expected = model.run_with_hooks(corrupt, fwd_hooks=[("blocks.0.attn.hook_z", edit)])
+    found = patch_activation(
+        model, clean, corrupt, Component("blocks.0.attn.hook_z", (1,)), positions=[2, 5],
+        metric=target_logit,
+    )  # fmt: skip
+    torch.testing.assert_close(found.patched, target_logit(expected, clean))
+
+
+def test_recovery_is_undefined_within_noise(setting):
+    model, clean, _ = setting
+    found = patch_activation(model, clean, clean, "hook_embed", metric=target_logit)
+    assert not found.defined
+    assert found.recovered != found.recovered
+    assert "nan" in repr(found)
+
+
+def test_a_path_changes_the_receiver_only_through_the_sender(setting):
+    model, clean, corrupt = setting
+    sender, receiver = "blocks.0.hook_attn_out", "blocks.1.attn.hook_k"
+    _, cache = model.run_with_cache(clean)
+    _, told = model.run_with_cache(corrupt)
+    with model.hooks([(sender, lambda t, hook: cache[sender])]):
+        _, told = model.run_with_cache(corrupt)
+    expected = model.run_with_hooks(corrupt, fwd_hooks=[(receiver, lambda t, hook: told[receiver])])
+    found = patch_path(model, clean, corrupt, sender, receiver, metric=target_logit)
+    torch.testing.assert_close(found.patched, target_logit(expected, clean))
+    whole = patch_activation(model, clean, corrupt, sender, metric=target_logit)
+    assert not torch.allclose(whole.patched, found.patched)
+
+
+def test_attribution_is_exact_where_the_model_is_linear(setting):
+    """The last residual reaches the logits linearly, so the estimate equals the patch."""
+    model, clean, corrupt = setting
+    name = "blocks.1.hook_resid_post"
+    estimate = attribution(model, clean, corrupt, [name], metric=target_logit)[name]
+    found = patch_activation(model, clean, corrupt, name, metric=target_logit)
+    torch.testing.assert_close(estimate, found.patched - found.corrupt, atol=1e-5, rtol=1e-4)
+
+
+def test_inputs_must_pair(setting):
+    model, clean, corrupt = setting
+    with pytest.raises(ValueError, match=r"clean \[19, 11\] and corrupt \[19, 7\]"):
+        patch_activation(model, clean, corrupt[:, :7], "hook_embed", metric=target_logit)

@@ -1,0 +1,72 @@
+"""The models that every contract test runs over: one line each, (name, factory, tokens, causal).
+
+Sizes that a test may confuse all differ: batch 2, positions 7, heads 3, d_head 4, taps 5, d_model
+12, d_vocab 11, n_ctx 13, layers 1 to 3. Leaves out the tests themselves: `test_contract`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig
+from smearlens.models.base import HookedModel
+
+SIZES = {"d_vocab": 11, "d_model": 12, "n_heads": 3, "n_ctx": 13}
+FULL = {"residual": True, "norm": True, "mlp": True}
+TOKENS = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(7))
+
+
+class Variant(NamedTuple):
+    """A model in one configuration, and tokens for it."""
+
+    name: str
+    factory: Callable[[], HookedModel]
+    tokens: torch.Tensor = TOKENS
+    causal: bool = True  # False: some layer reads ahead by design
+
+
+def conv_attn(name: str, **changes) -> Variant:
+    config = ConvAttnConfig(**{**SIZES, "kernel_size": 5, **changes})
+    return Variant(f"ConvAttn {name}", lambda: ConvAttn(config), causal=config.causal)
+
+
+def attn_attn(name: str, **changes) -> Variant:
+    config = AttnAttnConfig(**{**SIZES, **changes})
+    return Variant(f"AttnAttn {name}", lambda: AttnAttn(config))
+
+
+VARIANTS = [
+    conv_attn("bare"),
+    conv_attn("sinusoidal", positions="sinusoidal", residual=True),
+    conv_attn("learned-sinusoidal", positions="learned-sinusoidal", norm=True),
+    conv_attn("rotary, full block", positions="rotary", **FULL),
+    conv_attn("no positions", positions=None, mlp=True),
+    conv_attn("smeared stream", smear=True, residual=True),
+    conv_attn("kernel of 1", kernel_size=1),
+    conv_attn("kernel longer than the sequence", kernel_size=8, residual=True),
+    conv_attn("on q", conv_on="q"),
+    conv_attn("on k", conv_on="k", positions="rotary", residual=True),
+    conv_attn("on v", conv_on="v", positions="sinusoidal", norm=True, mlp=True),
+    conv_attn("on k, smeared", conv_on="k", smear=True, positions=None),
+    conv_attn("control", conv_on=None),
+    conv_attn("smear only", conv_on=None, smear=True, positions="rotary", **FULL),
+    conv_attn("centred", causal=False),
+    conv_attn("centred on q", causal=False, conv_on="q", positions="rotary"),
+    conv_attn("centred on k", causal=False, conv_on="k", **FULL),
+    conv_attn("centred on v", causal=False, conv_on="v", kernel_size=2, positions=None),
+    attn_attn("1 layer", n_layers=1, residual=False),
+    attn_attn("2 layers", n_layers=2, positions="sinusoidal"),
+    attn_attn("2 layers, bare", n_layers=2, residual=False, positions=None),
+    attn_attn("3 layers, full block", n_layers=3, positions="rotary", norm=True, mlp=True),
+]
+
+
+def over(*variants: Variant) -> pytest.MarkDecorator:
+    """Parametrise a test over `variants`."""
+    return pytest.mark.parametrize("variant", variants, ids=lambda variant: variant.name)
+
+
+every_model = over(*VARIANTS)
+causal_models = over(*(variant for variant in VARIANTS if variant.causal))

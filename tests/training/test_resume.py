@@ -1,0 +1,158 @@
+"""A run that was stopped ends like one that never was: exceptions, SIGKILL, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smearlens.models.attn_attn import AttnAttn, AttnAttnConfig
+from smearlens.models.base import load_model
+from smearlens.models.conv_attn import ConvAttn, ConvAttnConfig
+from smearlens.training import loop
+from smearlens.training.checkpoint import CheckpointError, list_checkpoints
+from smearlens.training.config import TrainConfig
+from smearlens.training.loop import train
+from smearlens.training.tracking import Tracker
+
+ROOT = Path(__file__).parents[2]
+CONFIG = TrainConfig(
+    steps=17, lr=0.01, warmup=3, accumulation=2, checkpoint_every=4, eval_every=3, clip=0.5
+)
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_at(step):
+    def callback(moment):
+        if moment.step == step:
+            raise StoppedError
+
+    callback.__name__ = "Stop"
+    return callback
+
+
+def go_on(moment):
+    """In place of `stop_at`."""
+
+
+go_on.__name__ = "Stop"
+
+
+def measure(model):
+    return {"size": model.out.weight.norm(), "draw": torch.rand(())}
+
+
+def run(model, data, out, *last):
+    callbacks = [Tracker(measure, at=2), *last]
+    return train(model, data, CONFIG, out=out, callbacks=callbacks, evaluate=measure)
+
+
+def state(out):
+    last = list_checkpoints(out / "checkpoints")[-1]
+    logs = [out / f"{name}.jsonl" for name in ("metrics", "tracking", "evaluation")]
+    files = [*logs, last / "model.safetensors", last / "trainer.pt"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [4], [5], [17], [7, 7, 15]])
+def test_a_stopped_run_ends_like_one_that_never_was(make_model, data, tmp_path, stops):
+    run(make_model(), data, tmp_path / "whole", go_on)
+    for step in stops:
+        with pytest.raises(StoppedError):
+            run(make_model(), data, tmp_path / "parts", stop_at(step))
+    other = make_model(seed=8)  # its weights do not matter: those of the folder do
+    result = run(other, data, tmp_path / "parts", go_on)
+    assert result.resumed_from == stops[-1] - stops[-1] % 4
+    assert state(tmp_path / "parts") == state(tmp_path / "whole")
+    assert [row["step"] for row in result.log("evaluation")] == [0, 3, 6, 9, 12, 15, 17]
+
+
+def test_leaving_out_the_random_state_is_noticed(make_model, data, tmp_path, monkeypatch):
+    """The negative of the test above: without torch's generator the losses differ."""
+    run(make_model(), data, tmp_path / "whole", go_on)
+    with pytest.raises(StoppedError):
+        run(make_model(), data, tmp_path / "parts", stop_at(9))
+    monkeypatch.setattr(loop, "restore_random_states", lambda states: None)
+    run(make_model(), data, tmp_path / "parts", go_on)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    cut = [content["metrics.jsonl"].splitlines() for content in (whole, parts)]
+    assert cut[0][:8] == cut[1][:8]
+    assert cut[0][8:] != cut[1][8:]
+    assert whole["model.safetensors"] != parts["model.safetensors"]
+
+
+def test_a_broken_checkpoint_costs_time_and_nothing_else(make_model, data, tmp_path):
+    run(make_model(), data, tmp_path / "whole", go_on)
+    with pytest.raises(StoppedError):
+        run(make_model(), data, tmp_path / "parts", stop_at(9))
+    (tmp_path / "parts" / "checkpoints" / "step-000008" / "trainer.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="passed over a broken checkpoint"):
+        result = run(make_model(), data, tmp_path / "parts", go_on)
+    assert result.resumed_from == 4
+    assert state(tmp_path / "parts") == state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["ConvAttn", "AttnAttn"])
+def test_models_of_the_library_resume_and_their_checkpoints_load(data, tmp_path, family):
+    def make():
+        torch.manual_seed(5)
+        if family == "ConvAttn":
+            sizes = {"d_model": 8, "n_heads": 2, "n_ctx": 7, "kernel_size": 3}
+            return ConvAttn(ConvAttnConfig(d_vocab=13, dropout=0.2, **sizes))
+        return AttnAttn(AttnAttnConfig(d_vocab=13, d_model=8, n_heads=2, n_ctx=7, dropout=0.2))
+
+    model = make()
+    train(model, data, CONFIG, out=tmp_path / "whole", callbacks=[go_on])
+    with pytest.raises(StoppedError):
+        train(make(), data, CONFIG, out=tmp_path / "parts", callbacks=[stop_at(10)])
+    train(make(), data, CONFIG, out=tmp_path / "parts", callbacks=[go_on])
+    files = ("metrics.jsonl", "checkpoints/step-000017/model.safetensors")
+    for file in files:
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    loaded = load_model(tmp_path / "parts" / "checkpoints" / "step-000017")
+    tokens = data.batch(3)["tokens"]
+    torch.testing.assert_close(loaded(tokens), model.eval()(tokens), rtol=0, atol=0)
+
+
+def test_another_number_of_processes_is_refused(make_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda states: states * 2)
+    with pytest.raises(StoppedError):
+        run(make_model(), data, tmp_path, stop_at(9))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="made by 2 processes; expected the 1 of this call"):
+        run(make_model(), data, tmp_path, go_on)
+
+
+def script(*arguments, **environment):
+    """Run a script of the repository; its output, once it has ended well."""
+    memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **memory, **environment},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 4])
+def test_ten_kills_at_random_moments_change_no_byte(every):
+    arguments = ("--kills", "10", "--checkpoint-every", str(every), "tiny")
+    table = script("benchmarks/stress_resume.py", *arguments)
+    row = table.splitlines()[-1].split()
+    assert row[2] == "10"
+    assert row[-2:] == ["0", "0"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_two_batches_per_update():
+    assert "equal" in script("tests/training/two_processes.py")
