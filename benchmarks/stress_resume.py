@@ -55,7 +55,9 @@ class Tiny(nn.Module):
 
     def forward(self, tokens: torch.Tensor, return_type: str) -> torch.Tensor:
         x = self.drop(self.norm(self.up(self.embed(tokens))).relu())
-        return nn.functional.cross_entropy(self.out(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return nn.functional.cross_entropy(
+            self.out(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
 
 
 class RandomTokens:
@@ -66,7 +68,9 @@ class RandomTokens:
         self.d_vocab = config.d_vocab if config else 13
         self.length = min(config.n_ctx, 24) if config else 11
         parameters = inspect.signature(model.forward).parameters.values()
-        self.names = [p.name for p in parameters if p.default is p.empty and p.name != "return_type"]
+        self.names = [
+            p.name for p in parameters if p.default is p.empty and p.name != "return_type"
+        ]
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -151,7 +155,9 @@ class Tally:
     differing: int = 0  # bytes
     failed: int = 0  # processes that ended with an error
 
-    HEADER = "model         undisturbed s  kills  mid-save  resumable  runs  unreadable  bytes differing"
+    HEADER = (
+        "model         undisturbed s  kills  mid-save  resumable  runs  unreadable  bytes differing"
+    )
 
     def __str__(self) -> str:
         return (
@@ -209,7 +215,9 @@ def main() -> None:
     moments = random.Random(given.seed)
     print(Tally.HEADER)
     good = True
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports much of torch
+    torch.optim.SGD(
+        [torch.zeros(1, requires_grad=True)]
+    )  # the first optimiser imports much of torch
     for name in given.models:
         with tempfile.TemporaryDirectory() as root:
             tally = campaign(

@@ -409,8 +409,7 @@ def hsic(x: np.ndarray, y: np.ndarray) -> float:
     """HSIC as the U-statistic over all ordered quadruples of different tokens."""
     k, l = x @ x.T, y @ y.T  # noqa: E741
     terms = [
-        k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q])
-        for i, j, q, r in permutations(range(len(x)), 4)
+        k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]) for i, j, q, r in permutations(range(len(x)), 4)
     ]
     return mean(terms)
 
@@ -506,10 +505,6 @@ def where(values: Mapping[int, float], chosen: Callable[[int], bool]) -> float:
 def bootstrap(values: np.ndarray, level: float, resamples: int, seed: int) -> tuple[float, float]:
     """Percentile interval of the mean, one resample after the other."""
     generator = np.random.default_rng(seed)
-    means = [
-        float(np.mean(generator.choice(values, len(values)))) for _ in range(resamples)
-    ]
+    means = [float(np.mean(generator.choice(values, len(values)))) for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-

@@ -96,9 +96,7 @@ METRICS = {
         lambda t: ref.stripe_row(DETECTIONS),
     ),
     "stripe abs": (
-        lambda t: partial(
-            stripe_score, detection=torch.from_numpy(DETECTION), normalise_by="abs"
-        ),
+        lambda t: partial(stripe_score, detection=torch.from_numpy(DETECTION), normalise_by="abs"),
         lambda t: ref.stripe_abs(DETECTIONS),
     ),
     "alignment": (

@@ -50,21 +50,23 @@ SOURCES = """
 STATEMENT = f"""
 import torch
 from smearlens.data.batches import PaddedBatches, RepeatBatches, TokenBatches
-from smearlens.data.pig_latin import PairBatches
+from smearlens.data.pig_latin import PairBatches, pig_latin_pairs, split_pairs
 sources = {SOURCES.strip()}
 steps = (0, 5, 1_000_003, 5)
 found = {{k: [{{n: t.tolist() for n, t in s.batch(step).items()}} for step in steps]
          for k, s in sources.items()}}
+generator = torch.Generator().manual_seed(4)
+split = split_pairs(pig_latin_pairs(max_letters=3), generator=generator).to_json()
 """
 
 
 def test_equal_steps_are_equal_in_two_processes():
     here: dict = {}
     exec(STATEMENT, here)
-    command = [sys.executable, "-c", STATEMENT + "print(found)"]
+    command = [sys.executable, "-c", STATEMENT + "print(split, found)"]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(here["found"])
+    assert run.stdout.strip() == f"{here['split']} {here['found']}"
     for name, (first, fifth, late, fifth_again) in here["found"].items():
         assert isinstance(here["sources"][name], Batches)
         assert fifth == fifth_again

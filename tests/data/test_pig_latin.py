@@ -257,6 +257,18 @@ def test_equal_lengths_show_each_pair_once_per_epoch(batch_size):
     assert max(len(batches.batch(step)["source"]) for step in range(9)) <= batch_size
 
 
+def test_a_batch_has_other_company_in_another_epoch():
+    batches = PairBatches([*pig_latin_pairs(min_letters=5, max_letters=5)], 7, seed=5)
+    first, second = (
+        {
+            frozenset(map(tuple, batches.batch(step)["source"].tolist()))
+            for step in range(start, stop)
+        }
+        for start, stop in ((0, 20), (batches.steps_per_epoch, batches.steps_per_epoch + 20))
+    )
+    assert len(first | second) == 40
+
+
 def test_batches_do_not_remember_what_was_asked_before():
     for options in ({}, {"padded": True}, {"layout": "joined"}):
         forward, backward = (PairBatches(PAIRS, 3, seed=2, **options) for _ in range(2))

@@ -136,6 +136,8 @@ def test_step_generators_differ_and_can_be_had_again():
     assert len(draws) > 1990  # float32 has few values: some may coincide
     seeds = {step_generator(5, step).initial_seed() for step in range(20_000)}
     assert len(seeds) == 20_000
+    assert len({step_generator(5, 2**k).initial_seed() for k in range(32)}) == 32
+    assert step_generator(5, 2**31).initial_seed() != step_generator(5, 0).initial_seed()
     assert step_generator(5, 3).initial_seed() != step_generator(6, 3).initial_seed()
     assert step_generator(5, 3).initial_seed() == step_generator(5, 3).initial_seed()
 

@@ -12,6 +12,7 @@ from torch import nn
 from smearlens.training.checkpoint import list_checkpoints
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
+from smearlens.training.randomness import random_states
 from smearlens.training.run import RunConflictError
 from smearlens.training.update import adamw
 
@@ -27,7 +28,7 @@ def weights(model):
 def test_it_equals_a_bare_loop(make_model, data):
     """Float64 and no dropout, against torch's plain AdamW, LambdaLR and clip_grad_norm_."""
     model, bare = make_model(dropout=0.0).double(), make_model(dropout=0.0).double()
-    result = train(model, data, config(schedule="constant", clip=0.7, weight_decay=0.3))
+    result = train(model, data, config(schedule="constant", clip=0.8, weight_decay=0.3))
     decayed = [p for p in bare.parameters() if p.ndim > 1]
     others = [p for p in bare.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
@@ -37,15 +38,17 @@ def test_it_equals_a_bare_loop(make_model, data):
     for step in range(12):
         loss = bare(**data.batch(step), return_type="loss")
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(bare.parameters(), 0.7)
+        norm = nn.utils.clip_grad_norm_(bare.parameters(), 0.8)
         rows.append([step, loss.item(), schedule.get_last_lr()[0], norm.item()])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    found = [[row["step"], row["loss"], row["lr"], row["grad_norm"]] for row in result.log("metrics")]
+    found = [
+        [row["step"], row["loss"], row["lr"], row["grad_norm"]] for row in result.log("metrics")
+    ]
     np.testing.assert_allclose(found, rows, rtol=1e-10)
-    assert any(row[3] > 0.7 for row in rows)
-    assert any(row[3] < 0.7 for row in rows)
+    assert any(row[3] > 0.8 for row in rows)
+    assert any(row[3] < 0.8 for row in rows)
     torch.testing.assert_close(weights(model), weights(bare), rtol=1e-9, atol=1e-10)
 
 
@@ -122,10 +125,10 @@ def test_a_changed_call_on_the_same_folder_is_refused(
 def test_the_caller_keeps_its_generators_modes_and_gradients_unset(make_model, data):
     model = make_model().eval()
     model.norm.train()
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    states = random_states()
     result = train(model, data, config())
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(random_states()["torch"], states["torch"])
+    assert torch.equal(random_states()["numpy"][1], states["numpy"][1])
     assert [m.training for m in (model, model.norm, model.drop)] == [False, True, False]
     assert all(p.grad is None for p in model.parameters())
     torch.manual_seed(99)  # the seed of a run is its own
@@ -149,7 +152,9 @@ def test_bf16_trains_near_float32_and_leaves_the_model_as_it_was(make_model, dat
 def test_fp16_needs_a_device_that_can_scale(make_model, data):
     if torch.cuda.is_available():
         pytest.skip("this machine can")
-    with pytest.raises(ValueError, match="precision='fp16' needs a GPU, and the device is cpu; use"):
+    with pytest.raises(
+        ValueError, match="precision='fp16' needs a GPU, and the device is cpu; use"
+    ):
         train(make_model(), data, config(precision="fp16"))
 
 
@@ -175,9 +180,11 @@ def test_a_plateau_lowers_the_rate(make_model, data):
     result = train(make_model(), data, plan, evaluate=lambda model: {"loss": 1.0})
     rates = [row["lr"] for row in result.log("metrics")]
     assert rates == [0.01] * 4 + [0.005] * 4 + [0.0025] * 4
-    with pytest.raises(ValueError, match="follows evaluate.*: pass evaluate"):
+    with pytest.raises(ValueError, match="pass evaluate"):
         train(make_model(), data, plan)
-    with pytest.raises(ValueError, match=r"follows evaluate\(model\)\['loss'\], got \['accuracy'\]"):
+    with pytest.raises(
+        ValueError, match=r"follows evaluate\(model\)\['loss'\], got \['accuracy'\]"
+    ):
         train(make_model(), data, plan, evaluate=lambda model: {"accuracy": 1.0})
 
 

@@ -42,14 +42,18 @@ def test_the_first_bad_layer_is_named_with_step_and_checkpoint(make_model, data,
     assert all(p.isfinite().all() for p in model.parameters())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert str(pickle.loads(pickle.dumps(error))).startswith("step 5: loss nan")
-    with pytest.raises(NonFiniteError, match="step 4: "):  # resumes at 4; the hook is past its count
+    with pytest.raises(
+        NonFiniteError, match="step 4: "
+    ):  # resumes at 4; the hook is past its count
         train(model, data, CONFIG, out=tmp_path)
 
 
 def test_a_bad_parameter_is_named(make_model, data):
     model = make_model()
     model.norm.weight.data[3] = math.nan
-    with pytest.raises(NonFiniteError, match=r"first bad layer 'norm', first bad parameter 'norm.we"):
+    with pytest.raises(
+        NonFiniteError, match=r"first bad layer 'norm', first bad parameter 'norm.we"
+    ):
         train(model, data, CONFIG)
 
 
@@ -112,14 +116,16 @@ def test_gradient_scaling_leaves_overflowing_updates_out_and_goes_on(make_model,
     accelerator = make_accelerator(config)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     scaled, plain = make_model(dropout=0.0), make_model(dropout=0.0)
+    for model in (scaled, plain):
+        model.register_forward_hook(lambda module, inputs, loss: loss * 1000)
     updater = Updater(scaled, data, config, accelerator)
     rows = [updater.update(step, 0.01, lambda loss: None) for step in range(30)]
     skipped = [row["step"] for row in rows if row.get("skipped")]
-    assert skipped == list(range(len(skipped)))
     assert 0 < len(skipped) < 25
+    assert skipped[0] == 0
     assert updater.skipped == 0  # these are no errors
     reference = Updater(plain, data, config, make_accelerator(config))
-    for step in range(len(skipped), 30):
+    for step in sorted(set(range(30)) - set(skipped)):
         row = reference.update(step, 0.01, lambda loss: None)
         assert rows[step] == pytest.approx(row, rel=1e-4)
     for p, q in zip(scaled.parameters(), plain.parameters(), strict=True):

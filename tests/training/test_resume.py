@@ -1,5 +1,6 @@
 """A run that was stopped ends like one that never was: exceptions, SIGKILL, several processes."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from smearlens.models.attn_attn import AttnAttn, AttnAttnConfig
 from smearlens.models.base import load_model
 from smearlens.models.conv_attn import ConvAttn, ConvAttnConfig
 from smearlens.training import loop
-from smearlens.training.checkpoint import CheckpointError, list_checkpoints
+from smearlens.training.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
 from smearlens.training.tracking import Tracker
@@ -53,10 +54,15 @@ def run(model, data, out, *last):
 
 
 def state(out):
+    """Bytes of logs, weights and trainer, but for Python's generator: the type checks of a test
+    run draw from it."""
     last = list_checkpoints(out / "checkpoints")[-1]
     logs = [out / f"{name}.jsonl" for name in ("metrics", "tracking", "evaluation")]
-    files = [*logs, last / "model.safetensors", last / "trainer.pt"]
-    return {file.name: file.read_bytes() for file in files}
+    found = {file.name: file.read_bytes() for file in (*logs, last / "model.safetensors")}
+    trainer = read_checkpoint(last).trainer
+    del trainer["random_states"][0]["python"]
+    torch.save(trainer, buffer := io.BytesIO())
+    return {**found, "trainer.pt": buffer.getvalue()}
 
 
 @pytest.mark.parametrize("stops", [[0], [3], [4], [5], [17], [7, 7, 15]])
@@ -144,15 +150,15 @@ def script(*arguments, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 4])
-def test_ten_kills_at_random_moments_change_no_byte(every):
-    arguments = ("--kills", "10", "--checkpoint-every", str(every), "tiny")
+def test_kills_at_random_moments_change_no_byte():
+    arguments = ("--kills", "12", "--checkpoint-every", "2", "tiny")
     table = script("benchmarks/stress_resume.py", *arguments)
     row = table.splitlines()[-1].split()
-    assert row[2] == "10"
+    assert row[2] == "12"
     assert row[-2:] == ["0", "0"]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_two_batches_per_update():
-    assert "equal" in script("tests/training/two_processes.py")
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    assert "equal" in script("tests/training/two_processes.py", **settings)

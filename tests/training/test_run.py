@@ -90,7 +90,7 @@ def test_files_of_no_run_are_not_overwritten(tmp_path):
 
 def test_a_broken_description_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RunConflictError, match="not JSON .* restore it, or delete the folder"):
+    with pytest.raises(RunConflictError, match="restore it, or delete the folder"):
         RunFolder(tmp_path, {})
 
 
@@ -108,7 +108,9 @@ def test_broken_checkpoints_are_passed_over(tmp_path):
     old, new = save(tmp_path, 9, 10), save(tmp_path, 10, 20)
     assert last_good_checkpoint(tmp_path).step == 10
     (new / "trainer.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"passed over a broken checkpoint: .*trainer\.pt: 0 bytes"):
+    with pytest.warns(
+        UserWarning, match=r"passed over a broken checkpoint: .*trainer\.pt: 0 bytes"
+    ):
         assert last_good_checkpoint(tmp_path).step == 9
     shutil.rmtree(new)
     save(tmp_path, 10, 21)
@@ -117,7 +119,9 @@ def test_broken_checkpoints_are_passed_over(tmp_path):
     (old / "manifest.json").unlink()
     with (
         pytest.warns(UserWarning, match="passed over"),
-        pytest.raises(CheckpointError, match="no other checkpoint is intact: delete .* to start over"),
+        pytest.raises(
+            CheckpointError, match=r"no other checkpoint is intact: delete .* to start over"
+        ),
     ):
         last_good_checkpoint(tmp_path)
 

@@ -1,5 +1,7 @@
 """Callbacks: they see the right model at the right time, and training does not notice them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_log_spacing_is_even_on_a_log_scale():
     steps = sorted(log_spaced(10_000, per_doubling=3))
     assert steps[0] == 0
     assert steps[-1] == 10_000
-    ratios = [b / a for a, b in zip(steps[10:-2], steps[11:-1], strict=True)]
+    ratios = [b / a for a, b in pairwise(steps[10:-1])]
     assert ratios == pytest.approx([2 ** (1 / 3)] * len(ratios), rel=0.03)
 
 
@@ -97,5 +99,5 @@ def test_wrong_arguments_are_refused(make, message):
 
 @pytest.mark.parametrize("metric", [size, lambda model: {"step": 1.0}])
 def test_two_metrics_of_one_name_are_refused(make_model, data, metric):
-    with pytest.raises(ValueError, match="two metrics of Tracker are called .*; rename one"):
+    with pytest.raises(ValueError, match="two metrics of Tracker are called"):
         train(make_model(), data, CONFIG, callbacks=[Tracker(size, metric)])

@@ -303,7 +303,7 @@ def test_static_picture_is_small_and_not_blank(shape):
     )
     assert len(picture_bytes) <= 20_000
     image = Image.open(io.BytesIO(picture_bytes)).convert("RGBA")
-    assert image.width <= 720
+    assert image.width <= 740
     assert len(image.getcolors(image.width * image.height)) > 5
 
 

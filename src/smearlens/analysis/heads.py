@@ -48,7 +48,7 @@ def prev_token_score(source: Any, **options: Any) -> Any:
     )
 
 
-def duplicate_token_score(source: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
+def duplicate_token_score(source: Any, tokens: Int[Tensor, "*batch pos"], **options: Any) -> Any:
     r"""Mean weight on earlier occurrences of the query's own token.
 
     $$\operatorname{mean}_{q} \sum_{k < q,\; x_k = x_q} A[q, k]$$ over rows with such a k.
@@ -69,7 +69,7 @@ def duplicate_token_score(source: Any, tokens: Int[Tensor, "batch pos"], **optio
 
 def induction_score(
     source: Any,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "*batch pos"],
     *,
     kind: Literal["match", "diagonal"] = "match",
     include_boundary: bool = True,
@@ -113,7 +113,7 @@ def induction_score(
 
 def prefix_matching_score(
     source: Any,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "*batch pos"],
     *,
     offset: int | tuple[int, ...] = 1,
     aggregate: Literal["sum", "mean"] = "sum",
@@ -224,7 +224,7 @@ def stripe_score(
 
 def alignment_mass(
     source: Any,
-    alignment: Int[Tensor, "batch query"],
+    alignment: Int[Tensor, "*batch query"],
     *,
     shift: int = 0,
     accuracy: bool = False,
@@ -287,7 +287,7 @@ def _arrival_seen(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]
     return torch.nn.functional.pad(equal, (1, 0))
 
 
-def _diagonal_score(source: Any, tokens: Int[Tensor, "batch pos"], options: dict) -> Any:
+def _diagonal_score(source: Any, tokens: Int[Tensor, "*batch pos"], options: dict) -> Any:
     """Mean of every entry of the diagonal of lag T - 1."""
     tokens = _checked_tokens(tokens)
     period = common_period(tokens)

@@ -128,7 +128,7 @@ class SmearFit:
 
     @property
     def coefficient(self) -> Float[Tensor, " head"]:
-        """The ratio b / (|a| + |b|): 0 without smearing, 0.5 for equal parts, negative for a difference."""
+        """b / (|a| + |b|): 0 without smearing, 0.5 for equal parts, negative for a difference."""
         return self.b / (self.a.abs() + self.b.abs())
 
 

@@ -6,6 +6,7 @@ Leaves out scores with a target (`analysis.heads`) and comparisons of layers
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ def attention_entropy(
     """
     if base is not None and not (base > 0 and base != 1):
         raise ValueError(f"base must be positive and not 1, got {base}; None gives nats")
-    scale = 1.0 if base is None else 1 / float(torch.tensor(float(base)).log())
+    scale = 1.0 if base is None else 1 / math.log(base)
 
     def value(block: RowBlock) -> tuple[Tensor, Tensor]:
         entropy, most = entropies(block.weights), block.allowed.sum(-1)
@@ -184,8 +185,9 @@ def head_diversity(source: Any, *, kind: Literal["js", "variance"] = "js", **opt
     Args:
         source: a cache, or a pattern [batch head query key]
         kind: "js": mean over pairs of heads and rows of the Jensen-Shannon divergence over log 2,
-            in [0, 1], rows with one allowed key left out; "variance": mean over (query, key) of the variance across heads, which
-            shrinks as the context grows and is kept for comparison with published figures
+            in [0, 1], rows with one allowed key left out; "variance": mean over (query, key) of the
+            variance across heads, which shrinks as the context grows and is kept for comparison
+            with published figures
         **options: fields of `RowOptions`
 
     Returns:
@@ -256,5 +258,5 @@ def _diversity(mixing: Mixing, kind: str, options: RowOptions) -> Float[Tensor, 
             js += entropies(both) - (own[:, i] + own[:, j]) / 2
         valid = valid & (block.allowed.sum(-1) > 1)[:, 0]  # with one key all heads agree
         total, count = total + torch.where(valid, js, 0).sum(-1) / len(first), count + valid.sum(-1)
-    scale = 1.0 if kind == "variance" else float(torch.tensor(2.0).log())
+    scale = 1.0 if kind == "variance" else math.log(2)
     return total / count / scale

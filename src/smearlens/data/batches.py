@@ -137,7 +137,7 @@ class PaddedBatches:
         self._tokens = torch.full((len(lines), length), pad, dtype=torch.int64)
         for row, line in zip(self._tokens, lines, strict=True):
             row[: len(line)] = line[:length]
-        n_real = torch.tensor([min(len(line), length) for line in lines])
+        n_real = torch.tensor([len(line) for line in lines])
         self._loss_mask = torch.arange(1, length) < n_real[:, None]
 
     @property

@@ -246,7 +246,7 @@ def _read_rows(paths: list[Path], split: str) -> Iterator[str]:
 
 def _fetch_rows(name: str, recipe: _HubRecipe, split: str, rebuild: bool) -> list[Path]:
     _check_reachable(name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    import datasets
+    import datasets.exceptions
 
     mode, dataset = "force_redownload" if rebuild else None, (recipe.repository, recipe.config)
     try:

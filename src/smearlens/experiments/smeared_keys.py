@@ -52,8 +52,8 @@ class CompareConfig:
         for name in ("seeds", "steps", "text_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % 8:
-            raise ValueError(f"d_model must be a multiple of 8, got {self.d_model}")
+        if self.d_model % 16:
+            raise ValueError(f"d_model must be a multiple of 16, got {self.d_model}")
 
     def quick(self) -> CompareConfig:
         """The same in less than a minute: enough to see it work, too short to convince."""

@@ -15,7 +15,7 @@ NULL = "#9aa3ab"
 
 def draw_kernel_profile(
     ax: Any,
-    records: Sequence[Mapping[str, float]],
+    records: Sequence[Mapping[str, Any]],
     *,
     null: float,
     null_high: float | None = None,
@@ -98,7 +98,7 @@ def draw_pattern(
 
 def draw_curves(
     ax: Any,
-    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     *,
     key: str,
     ylabel: str,

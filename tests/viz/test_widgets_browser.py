@@ -1,0 +1,417 @@
+"""Widgets in a headless Chromium: drawn, quiet, offline, safe, resizable, usable by keyboard.
+
+The browser is driven through its DevTools pipe (two file descriptors, JSON between NUL bytes), so
+that a Chromium is all these tests need. `SMEARLENS_CHROMIUM` names one that is not on the path.
+"""
+
+import base64
+import fcntl
+import io
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smearlens.viz import circuitsvis_adapter, widgets
+from smearlens.viz._payload import visible
+
+CANDIDATES = ("chromium", "chromium-browser", "google-chrome")
+FOUND = os.environ.get("SMEARLENS_CHROMIUM") or next(
+    filter(None, map(shutil.which, CANDIDATES)), ""
+)
+pytestmark = pytest.mark.skipif(not FOUND, reason=f"no browser on the path: {CANDIDATES}")
+
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
+--remote-debugging-pipe --disable-background-networking --hide-scrollbars""".split()
+LAUNCH = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
+DRAWN = """new Promise(done => (function wait() {
+  if (document.readyState == 'complete' && !document.querySelector('.smearlens > img'))
+    requestAnimationFrame(() => setTimeout(() => done(performance.now())));
+  else setTimeout(wait, 2);
+})())"""
+
+HOSTILE = """</script> </script><script>window.hacked=1</script> <img/src=x/onerror=window.hacked=1>
+<svg/onload=window.hacked=1> <!-- --> <![CDATA[ ]]> " ' ` & &lt;b&gt; &#60;b&#62; \\ \\u003c
+"><b/onmouseover='window.hacked=1'> ${window.hacked=1} </div></div> </style> {{7*7}}
+javascript:window.hacked=1 <iframe> <base/href=//x>""".split()
+HOSTILE += ["\u2028", "\u2029", "\u202e", "\x00", "\n", "", "\ud800"]
+
+
+class Browser:
+    """A Chromium process and the messages to and from it."""
+
+    def __init__(self, program):
+        self.folder = tempfile.mkdtemp()
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (commands, answers)]
+        launch = [sys.executable, "-c", LAUNCH, *map(str, theirs), program, *FLAGS]
+        self.process = subprocess.Popen(
+            [*launch, f"--user-data-dir={self.folder}", "about:blank"],
+            pass_fds=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in (commands, answers, *theirs):
+            os.close(fd)
+        self.buffer, self.events, self.count = b"", [], 0
+
+    def send(self, method, session=None, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        message |= {"sessionId": session} if session else {}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def receive(self):
+        while b"\0" not in self.buffer:
+            assert select.select([self.answers], [], [], 30)[0], "no answer from the browser"
+            data = os.read(self.answers, 1 << 20)
+            assert data, "the browser has ended"
+            self.buffer += data
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.commands)
+        os.close(self.answers)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, browser, width=800):
+        self.browser = browser
+        target = browser.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = browser.send("Target.attachToTarget", targetId=target, flatten=True)
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.do(f"{domain}.enable")
+        self.resize(width)
+
+    def do(self, method, **params):
+        return self.browser.send(method, self.session["sessionId"], **params)
+
+    def resize(self, width):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.do("Emulation.setDeviceMetricsOverride", **size)
+
+    def theme(self, name):
+        features = [{"name": "prefers-color-scheme", "value": name}]
+        self.do("Emulation.setEmulatedMedia", features=features)
+
+    def js(self, code):
+        answer = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, path):
+        """Returns the milliseconds from the start of navigation until all is drawn."""
+        self.do("Page.navigate", url=path.as_uri())
+        return self.js(DRAWN)
+
+    def settle(self):
+        self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
+
+    def mouse(self, x, y):
+        self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.settle()
+
+    def key(self, name):
+        for kind in ("keyDown", "keyUp"):
+            extra = {"text": "\r"} if name == "Enter" else {}
+            self.do("Input.dispatchKeyEvent", type=kind, key=name, code=name, **extra)
+        self.settle()
+
+    def say(self):
+        return self.js("document.querySelector('sl-say').textContent")
+
+    def map(self):
+        """Left, top, cell width and cell height of the large map, from where crosshairs go."""
+        return self.js(MAP)
+
+    def hover(self, query, key):
+        left, top, width, height = self.map()
+        self.mouse(left + (key + 0.5) * width, top + (query + 0.5) * height)
+
+    def shot(self):
+        data = self.do("Page.captureScreenshot")["data"]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+    def problems(self):
+        """Console messages, exceptions and requests other than the page itself."""
+        found = []
+        for event in self.browser.events:
+            if event.get("sessionId") != self.session["sessionId"]:
+                continue
+            params = event["params"]
+            if event["method"] in (
+                "Runtime.consoleAPICalled",
+                "Runtime.exceptionThrown",
+                "Log.entryAdded",
+            ):
+                found.append(params)
+            if event["method"] == "Network.requestWillBeSent":
+                url = params["request"]["url"]
+                found += [] if url.startswith(("file:", "data:")) else [url]
+        return found
+
+
+MAP = """(() => {
+  const canvas = document.querySelector("sl-row canvas"), box = canvas.getBoundingClientRect();
+  const p = JSON.parse(window.payload), [, , Q, K] = p.shape;
+  const width = (box.width - p.left - 4) / K, height = p.tall || width;
+  return [box.x + p.left, box.y + 5, width, height];
+})()"""
+INKED = """[...document.querySelectorAll("canvas")].filter(c => c.offsetWidth).map(c => {
+  const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  return new Set(new Uint32Array(data.buffer)).size;
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    browser = Browser(FOUND)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A quiet tab: no console message, no request, whatever the test did."""
+    page = Page(browser)
+    keep = "addEventListener('DOMContentLoaded', () => window.payload = document.querySelector("
+    keep += "'.smearlens script')?.textContent)"
+    spy = "const fill = CanvasRenderingContext2D.prototype.fillText; window.written = [];"
+    spy += "CanvasRenderingContext2D.prototype.fillText = function (t, ...rest) {"
+    spy += "const m = this.getTransform(); written.push([t, m.e, m.f, m.b]);"
+    spy += "return fill.call(this, t, ...rest); };"
+    early = "new MutationObserver(() => { const s = document.querySelector('.smearlens script');"
+    early += "if (s && !window.payload) window.payload = s.textContent; })"
+    early += ".observe(document, {childList: true, subtree: true});"
+    page.do("Page.addScriptToEvaluateOnNewDocument", source=keep + ";" + spy + early)
+    yield page
+    assert page.problems() == []
+
+
+def softmax_rows(*shape, seed=0):
+    scores = np.exp(2 * np.random.default_rng(seed).normal(size=shape))
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def names(count, word="t"):
+    return [f"{word}{i}" for i in range(count)]
+
+
+def one_of_each():
+    generator = np.random.default_rng(1)
+    return {
+        "attention_heads": widgets.attention_heads(softmax_rows(3, 7, 7), names(7)),
+        "layers": widgets.attention_heads(softmax_rows(2, 32, 7, 7), names(7)),
+        "attention_pattern": widgets.attention_pattern(softmax_rows(5, 11), names(5), names(11)),
+        "evolution": widgets.evolution(softmax_rows(2, 3, 7, 7), [0, 500], names(7)),
+        "layer_similarity": widgets.layer_similarity(np.corrcoef(generator.normal(size=(5, 9)))),
+        "state_map": widgets.state_map(generator.normal(size=(3, 11, 5)), names(11)),
+        "tokens": widgets.tokens(names(13), generator.normal(size=(2, 13))),
+        "delta_strip": widgets.delta_strip(generator.random(13), names(13)),
+        "kernel_profile": widgets.kernel_profile([0.1, 0.7, 0.3], [-1, 1, 0], null=(0.0, 0.2)),
+    }
+
+
+@pytest.mark.parametrize("kind", one_of_each())
+def test_draws_in_two_seconds_and_survives_resizing(page, kind, tmp_path):
+    path = one_of_each()[kind].save_html(tmp_path / "w.html")
+    assert page.open(path) <= 2000
+    widths = []
+    for width in (800, 330, 800):
+        page.resize(width)
+        page.settle()
+        page.settle()
+        assert all(colours > 3 for colours in page.js(INKED))
+        assert page.js("document.documentElement.scrollWidth") <= width
+        widths.append(page.js("Math.max(...[...document.querySelectorAll('canvas, span')]"
+                              ".map(e => e.getBoundingClientRect().right))"))  # fmt: skip
+    assert widths[0] == widths[2]
+    backgrounds = "[...document.querySelectorAll('sl-text span')].map(s => s.style.background)"
+    if kind in ("tokens", "delta_strip", "kernel_profile"):
+        assert len(set(page.js(backgrounds))) > 2
+    else:
+        assert page.js(INKED)
+
+
+def test_eight_heads_of_256_tokens_draw_in_a_second(page, tmp_path):
+    widget = widgets.attention_heads(softmax_rows(8, 256, 256), names(256))
+    path = widget.save_html(tmp_path / "w.html")
+    assert min(page.open(path) for _ in range(3)) <= 1000
+
+
+def test_hostile_strings_stay_text(page, tmp_path):
+    count = len(HOSTILE)
+    pattern = softmax_rows(2, count, count)
+    heads = widgets.attention_heads(pattern, HOSTILE, labels=HOSTILE[:2], title=HOSTILE[1])
+    page.open(heads.save_html(tmp_path / "w.html"))
+    texts = "[...document.querySelectorAll('sl-text span')].map(s => s.textContent)"
+    assert page.js(texts) == [visible(token) for token in HOSTILE]
+    for i in range(0, count, 5):
+        page.hover(i, i)
+        assert page.say().startswith(f"query '{visible(HOSTILE[i])}' ({i}) → key")
+    assert page.js("document.querySelector('b').textContent") == HOSTILE[1]
+    assert page.js("window.hacked") is None
+    assert page.js("document.querySelectorAll('img, iframe, base, svg').length") == 0
+    assert page.js("document.querySelectorAll('script').length") == 1
+
+
+def test_rectangular_map_has_its_own_tokens_on_each_axis(page, tmp_path):
+    queries, keys = names(5, "q"), names(11, "k")
+    pattern = np.zeros((5, 11))
+    target = [7, 0, 10, 3, 4]
+    pattern[np.arange(5), target] = 1
+    page.open(widgets.attention_pattern(pattern, queries, keys).save_html(tmp_path / "w.html"))
+    written = page.js("written")
+    rows = {text: y for text, _, y, turned in written if not turned}
+    cols = {text: x for text, x, _, turned in written if turned}
+    assert sorted(rows, key=rows.get) == queries
+    assert sorted(cols, key=cols.get) == keys
+    left, top, width, height = page.map()
+    pixels = page.shot()
+    for query, key in enumerate(target):
+        page.hover(query, key)
+        assert page.say() == f"query 'q{query}' ({query}) → key 'k{key}' ({key}), 1.00"
+        y = round(top + (query + 0.5) * height)
+        dark = [pixels[y, round(left + (k + 0.5) * width)].sum() < 300 for k in range(11)]
+        assert np.flatnonzero(dark).tolist() == [key]
+
+
+def test_hover_says_query_key_lag_and_weight(page, tmp_path):
+    tokens = ["th", "e", " cat", " sat", "."] * 3
+    pattern = np.full((2, 15, 15), 0.17 / 14)
+    pattern[:, np.arange(15), np.maximum(0, np.arange(15) - 7)] = 0.83
+    pattern[1] = 1 / 15
+    path = widgets.attention_heads(pattern, tokens).save_html(tmp_path / "w.html")
+    page.open(path)
+    page.hover(13, 6)
+    assert page.say() == "query ' sat' (13) → key 'e' (6), lag 7, 0.83"
+    page.hover(2, 5)
+    assert page.say() == "query ' cat' (2) → key 'th' (5), lag −3, 0.01"
+    strip = "document.querySelectorAll('sl-text span')[12].getBoundingClientRect().toJSON()"
+    box = page.js(strip)
+    page.mouse(box["x"] + 5, box["y"] + 5)
+    assert page.say() == "query ' cat' (12)"
+    depth = "[...document.querySelectorAll('sl-text span')].map(s => s.style.backgroundColor)"
+    weights = [sum(map(int, c[4:-1].split(","))) for c in page.js(depth)]
+    assert np.argmin(weights) == 5
+
+
+def test_two_heads_are_locked_and_compared_by_mouse_or_keyboard(page, tmp_path):
+    page.open(one_of_each()["attention_heads"].save_html(tmp_path / "w.html"))
+    shown = "[...document.querySelectorAll('sl-row div')].filter(d => !d.hidden)"
+    shown += ".map(d => d.firstChild.textContent)"
+    assert page.js(shown) == ["head 0"]
+    page.js("document.querySelectorAll('button')[2].focus()")
+    assert page.js(shown) == ["head 2"]
+    page.key("Enter")
+    page.js("document.querySelectorAll('button')[1].click()")
+    assert page.js(shown) == ["head 2", "head 1"]
+    pressed = "[...document.querySelectorAll('button')].map(b => b.ariaPressed)"
+    assert page.js(pressed) == ["false", "true", "true"]
+    page.js("document.querySelector('sl-row canvas').focus()")
+    page.hover(3, 2)
+    page.key("ArrowLeft")
+    page.key("ArrowDown")
+    assert page.say().startswith("query 't4' (4) → key 't1' (1), lag 3, 0.")
+    assert page.say().count(" | ") == 1
+    page.key("Escape")
+    assert len(page.js(shown)) == 1
+
+
+def test_slider_changes_layer(page, tmp_path):
+    pattern = np.stack([np.eye(7)[None].repeat(2, 0), np.roll(np.eye(7), 2, 1)[None].repeat(2, 0)])
+    page.open(widgets.attention_heads(pattern, names(7)).save_html(tmp_path / "w.html"))
+    page.hover(1, 1)
+    assert page.say().endswith("lag 0, 1.00")
+    slide = "const s = document.querySelector('input'); s.value = 1;"
+    page.js(slide + "s.dispatchEvent(new Event('input'))")
+    assert page.say().endswith("lag 0, 0.00")
+    assert page.js("document.querySelector('output').textContent") == "layer 1"
+    assert page.js("document.querySelector('em').textContent").startswith("lag −2: ")
+
+
+def test_theme_follows_the_system_and_the_page(page, tmp_path):
+    page.open(one_of_each()["attention_heads"].save_html(tmp_path / "w.html"))
+    strip = "getComputedStyle(document.querySelector('i')).backgroundImage"
+    page.theme("light")
+    page.settle()
+    light = page.js(strip)
+    page.theme("dark")
+    page.settle()
+    dark = page.js(strip)
+    assert dark != light
+    page.js("document.documentElement.dataset.theme = 'light'")
+    page.settle()
+    assert page.js(strip) == light
+
+
+def test_many_widgets_share_one_script_in_either_order(page, tmp_path):
+    parts = [widget.to_html("page") for widget in one_of_each().values()] * 2
+    path = tmp_path / "w.html"
+    for order in ([widgets.page_bundle(), *parts], [*parts, widgets.page_bundle()]):
+        path.write_text("<!doctype html><body>" + "\n".join(order), "utf-8")
+        assert page.open(path) <= 4000
+        assert page.js("document.querySelectorAll('.smearlens sl-say').length") == len(parts)
+        assert all(colours > 3 for colours in page.js(INKED))
+
+
+def test_instant_navigation_draws_what_arrives_later(page, tmp_path):
+    path = tmp_path / "w.html"
+    hook = "<script>window.document$ = {subscribe(f) { window.arrive = f; }}</script>"
+    path.write_text(f"<!doctype html>{hook}{widgets.page_bundle()}<main></main>", "utf-8")
+    page.open(path)
+    html = json.dumps(one_of_each()["tokens"].to_html("page"))
+    page.js(f"document.querySelector('main').innerHTML = {html}; arrive()")
+    page.js(DRAWN)
+    assert page.js("document.querySelectorAll('sl-text span').length") == 13
+
+
+def test_picture_stands_where_scripts_are_off(page, tmp_path):
+    path = one_of_each()["attention_heads"].save_html(tmp_path / "w.html")
+    page.do("Emulation.setScriptExecutionDisabled", value=True)
+    page.do("Page.navigate", url=path.as_uri())
+    deadline = time.monotonic() + 5
+    while len(np.unique(page.shot().reshape(-1, 3), axis=0)) < 10:
+        assert time.monotonic() < deadline
+
+
+def test_circuitsvis_shares_one_bundle_and_keeps_tokens_as_text(browser, tmp_path):
+    page = Page(browser)
+    tokens = [token for token in HOSTILE if token and token != "\ud800"]
+    pattern = softmax_rows(2, len(tokens), len(tokens))
+    parts = [
+        circuitsvis_adapter.component("AttentionHeads", attention=pattern, tokens=tokens),
+        circuitsvis_adapter.component("ColoredTokens", tokens=tokens, values=pattern[0, 0]),
+    ]
+    html = "\n".join(part.to_html("page") for part in parts)
+    path = tmp_path / "w.html"
+    bundle = circuitsvis_adapter.embed_bundle().html
+    path.write_text(f'<!doctype html><meta charset="utf-8">{html}{bundle}', "utf-8")
+    page.open(path)
+    page.js("new Promise(f => setTimeout(f, 500))")
+    assert page.js("[...document.querySelectorAll('[id^=sl-]')].every(d => d.children.length)")
+    assert page.js("window.hacked") is None
+    assert page.js("document.querySelectorAll('img, iframe, base').length") == 0
+    assert not [problem for problem in page.problems() if isinstance(problem, str)]
