@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def random_qkv(batch: int, head: int, pos: int, d_head: int) -> list[Tensor]:
     return [t.transpose(1, 2) for t in draw]
 
 
-def statistics_rows(shape: tuple[int, ...], *, causal: bool) -> list[Row]:
+def statistics_rows(shape: tuple[int, ...], *, causal: bool) -> Iterator[Row]:
     q, k, v = random_qkv(*shape)
     lse = log_normaliser(q, k, causal=causal)
     subjects = {
@@ -51,13 +52,12 @@ def statistics_rows(shape: tuple[int, ...], *, causal: bool) -> list[Row]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     kind = "causal" if causal else "full"
-    return [
-        compare(f"{name} / fused forward, {kind}", shape, run, fused, STATISTICS_BAR, rounds=5)
-        for name, run in subjects.items()
-    ]
+    for name, run in subjects.items():
+        title = f"{name} / fused forward, {kind}"
+        yield compare(title, shape, run, fused, STATISTICS_BAR, rounds=5)
 
 
-def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> list[Row]:
+def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> Iterator[Row]:
     q, k, _ = random_qkv(*shape)
     found = row_statistics(q, k, causal=True)
     length = shape[2]
@@ -66,21 +66,17 @@ def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> list[Row]:
     pattern = scores.masked_fill(lag < 0, -torch.inf).softmax(-1)
     entropy = -torch.special.xlogy(pattern, pattern).sum(-1)
     distance = (pattern * lag.abs()).sum(-1)
-    errors = [
-        float((found.entropy - entropy).abs().max()),
-        float((found.distance - distance).abs().max()) / length,
-    ]
-    return [
-        row("entropy, largest error in nats", shape, errors[0], 2e-5),
-        row("mean distance, largest error / pos", shape, errors[1], 1e-6),
-    ]
+    error = float((found.entropy - entropy).abs().max())
+    yield row("entropy, largest error in nats", shape, error, 2e-5)
+    error = float((found.distance - distance).abs().max()) / length
+    yield row("mean distance, largest error / pos", shape, error, 1e-6)
 
 
-def memory_rows(shape: tuple[int, ...] = (1, 2, 32768, 64)) -> list[Row]:
+def memory_rows(shape: tuple[int, ...] = (1, 2, 32768, 64)) -> Iterator[Row]:
     command = [sys.executable, __file__, "--peak", *map(str, shape)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [row("row_statistics, rise of the peak in MB", shape, float(run.stdout), MEMORY_BAR)]
+    yield row("row_statistics, rise of the peak in MB", shape, float(run.stdout), MEMORY_BAR)
 
 
 def print_peak_rise(shape: tuple[int, ...]) -> None:
@@ -101,7 +97,7 @@ def _resident(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def core_rows() -> list[Row]:
+def core_rows() -> Iterator[Row]:
     q, k, v = (t.requires_grad_() for t in random_qkv(*CORE))
     dz = torch.randn(CORE, generator=torch.Generator().manual_seed(1))
     pos = CORE[2]
@@ -124,14 +120,12 @@ def core_rows() -> list[Row]:
 
     name = "explicit core, read by hooks / fused, forward + backward"
     sides = (lambda: gradients(explicit)), (lambda: gradients(fused))
+    yield compare(name, CORE, *sides, EXPLICIT_BAR)
     error = float((explicit() - fused()).detach().abs().max())
-    return [
-        compare(name, CORE, *sides, EXPLICIT_BAR),
-        row("explicit core, largest difference from fused", CORE, error, 1e-6),
-    ]
+    yield row("explicit core, largest difference from fused", CORE, error, 1e-6)
 
 
-def layer_rows() -> list[Row]:
+def layer_rows() -> Iterator[Row]:
     batch, head, pos, d_head = CORE
     layer = Attention(head * d_head, head)
     generator = torch.Generator().manual_seed(2)
@@ -149,15 +143,21 @@ def layer_rows() -> list[Row]:
 
     name = "Attention, nothing hooked / the same without hook points, forward + backward"
     sides = [lambda f=f: torch.autograd.grad(f(x), leaves, dy) for f in (layer, bare)]
-    return [compare(name, CORE, *sides, UNHOOKED_BAR, rounds=15)]
+    yield compare(name, CORE, *sides, UNHOOKED_BAR, rounds=15)
+
+
+def rows() -> Iterator[Row]:
+    yield from core_rows()
+    yield from layer_rows()
+    yield from accuracy_rows()
+    yield from memory_rows()
+    for shape in ((1, 2, 2048, 64), (1, 8, 2048, 64), (1, 2, 8192, 64)):
+        for causal in (True, False):
+            yield from statistics_rows(shape, causal=causal)
 
 
 def main() -> list[Row]:
-    rows = core_rows() + layer_rows() + accuracy_rows() + memory_rows()
-    for shape in ((1, 2, 2048, 64), (1, 8, 2048, 64), (1, 2, 8192, 64)):
-        rows += statistics_rows(shape, causal=True) + statistics_rows(shape, causal=False)
-    report(rows)
-    return rows
+    return report(rows())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ input, weight and bias. Also the largest difference between the two, relative to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from timing import Row, compare, report, row
 from torch import Tensor, nn
@@ -57,17 +59,18 @@ class Pair:
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def main() -> list[Row]:
-    rows = []
+def rows() -> Iterator[Row]:
     for shape in TRAINING:
         pair = Pair(*shape)
         sides = pair.our_gradients, pair.their_gradients
-        rows.append(compare("conv / nn.Conv1d, forward + backward", shape, *sides, BAR))
+        yield compare("conv / nn.Conv1d, forward + backward", shape, *sides, BAR)
         with torch.no_grad():
-            rows.append(compare("conv / nn.Conv1d, forward", shape, pair.ours, pair.theirs, 1))
-        rows.append(row("largest relative difference", shape, pair.error(), TOLERANCE))
-    report(rows)
-    return rows
+            yield compare("conv / nn.Conv1d, forward", shape, pair.ours, pair.theirs, 1)
+        yield row("largest relative difference", shape, pair.error(), TOLERANCE)
+
+
+def main() -> list[Row]:
+    return report(rows())
 
 
 if __name__ == "__main__":

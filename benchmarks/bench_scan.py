@@ -1,10 +1,12 @@
 """The selective scan beside the machine's floor and beside other people's scans.
 
-    python benchmarks/bench_scan.py            # about six minutes; --fast: one shape, the quick peers
+    python benchmarks/bench_scan.py            # about ten minutes
+    python benchmarks/bench_scan.py --fast     # one shape, and no peer that takes long
 
-The floor is one `torch.exp2` per state and step, over buffers that stay in the cache: every scan has
-to compute at least that exponential. Each peer gets the same u, delta, A, B and C and has to return
-the output and, forward + backward, all five gradients. Ratios are ours / theirs.
+The floor is one `torch.exp2` per state and step, over buffers that stay in the cache: every scan
+has to compute at least that exponential. Each peer gets the same u, delta, A, B and C and has to
+return the output and all five gradients. Ratios are ours / theirs, on one thread: steps this small
+gain little from a second one, and lose much when another process holds it.
 """
 
 from __future__ import annotations
@@ -146,23 +148,19 @@ def _error(
 
 
 def _once(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
-    """One timing of a peer that takes seconds to minutes, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        ours()
-        times = []
-        for run, repeats in ((ours, 5), (theirs, 1)):
-            start = time.process_time()
-            for _ in range(repeats):
-                run()
-            times.append((time.process_time() - start) / repeats)
-    finally:
-        torch.set_num_threads(threads)
+    """One timing of a peer that takes seconds to minutes."""
+    ours()
+    times = []
+    for run, repeats in ((ours, 5), (theirs, 1)):
+        start = time.process_time()
+        for _ in range(repeats):
+            run()
+        times.append((time.process_time() - start) / repeats)
     return times[0] / times[1]
 
 
-def main(*, fast: bool = False) -> list[Row]:
+def main(*, fast: bool = False, threads: int = 1) -> list[Row]:
+    torch.set_num_threads(threads)
     rows = []
     for shape in FLOOR_SHAPES[:1] if fast else FLOOR_SHAPES:
         rows += against_floor(shape)
@@ -177,4 +175,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--fast", action="store_true", help="one shape, and no peer that takes long"
     )
-    main(fast=parser.parse_args().fast)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the wall-clock column")
+    main(**vars(parser.parse_args()))

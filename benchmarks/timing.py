@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median, quantiles
 
 import torch
@@ -28,7 +28,7 @@ def compare(
 ) -> Row:
     """Time `subject` as a fraction of `peer`, which must stay below `bar`."""
     threads = torch.get_num_threads()
-    wall = _ratios(subject, peer, rounds, time.perf_counter)
+    wall = _ratios(subject, peer, 5, time.perf_counter)
     torch.set_num_threads(1)
     try:
         ratios = _ratios(subject, peer, rounds, time.process_time)
@@ -70,17 +70,21 @@ def row(
     }  # fmt: skip
 
 
-def report(rows: list[Row]) -> None:
-    """Print rows, and what the machine was doing meanwhile."""
+def report(rows: Iterable[Row]) -> list[Row]:
+    """Print rows as they come, and what the machine was doing meanwhile; hand them back."""
     print(f"torch {torch.__version__}, {os.cpu_count()} cores; wall clock: median, threads, load")
+    done = []
     for r in rows:
         spread = f"[{r['low']:.3g}, {r['high']:.3g}]" if r["low"] != r["high"] else ""
         wall = f"{r['wall']:.2f} x{r['threads']} @{r['load']:.1f}" if "wall" in r else ""
         verdict = "ok" if r["ok"] else "ABOVE"
         print(
             f"{verdict:5} {r['ratio']:8.3g} {spread:16} bar {r['bar']:<7.3g} {wall:14} "
-            f"{r['name']} {r['shape']}"
+            f"{r['name']} {r['shape']}",
+            flush=True,
         )
+        done.append(r)
+    return done
 
 
 def _time(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "smearlens.models.conv_attn": ("ConvAttn", "ConvAttnConfig"),
     "smearlens.models.attn_attn": ("AttnAttn", "AttnAttnConfig"),
+    "smearlens.models.mamba": ("Mamba", "MambaConfig"),
     "smearlens.models.base": ("HookedModel", "ModelFileError", "load_model"),
     "smearlens.nn.attention": ("Attention",),
     "smearlens.causal.audit": ("Audit", "audit"),

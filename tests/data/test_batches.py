@@ -156,13 +156,12 @@ def test_padded_lines_equal_a_plain_loop(pad):
         tokens, mask = [], []
         for t in range(4):
             tokens.append(int(line[t]) if t < len(line) else pad)
-            if t:
-                mask.append(t < len(line))
+            mask.append(t < len(line))
         expected.append((tokens, mask))
     batch = batches.batch(2)
     found = zip(batch["tokens"].tolist(), batch["loss_mask"].tolist(), strict=True)
     assert sorted(found) == sorted(expected)
-    assert batches.n_targets == sum(sum(mask) for _, mask in expected) == 8
+    assert batches.n_targets == sum(sum(mask[1:]) for _, mask in expected) == 8
     assert batches.pad_fraction == pytest.approx(7 / 15)
 
 

@@ -279,6 +279,7 @@ class FakeHub(types.SimpleNamespace):
 def hub(cache, monkeypatch):
     fake = FakeHub(cache=cache, asked=[], error=None)
     monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", fake.exceptions)
     monkeypatch.setattr(corpora, "_check_reachable", lambda name, address: None)
     return fake
 

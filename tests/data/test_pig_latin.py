@@ -286,13 +286,13 @@ def test_padded_pairs_have_masks_for_what_is_real():
     for step in range(8):  # 40 lines: five epochs of eight pairs
         batch = batches.batch(step)
         assert len(batch["source"]) == 5
-        assert batch["loss_mask"].shape == batch["target"][:, 1:].shape
+        assert batch["loss_mask"].shape == batch["target"].shape
         for i in range(5):
             source = batch["source"][i][batch["source_mask"][i]].tolist()
-            target = batch["target"][i, 1:][batch["loss_mask"][i]].tolist()
+            target = batch["target"][i, 1:][batch["loss_mask"][i, 1:]].tolist()
             assert source[-1] == target[-1] == 28
             assert (batch["source"][i][~batch["source_mask"][i]] == 28).all()
-            assert (batch["target"][i, 1:][~batch["loss_mask"][i]] == 28).all()
+            assert (batch["target"][i, 1:][~batch["loss_mask"][i, 1:]] == 28).all()
             assert batch["target"][i, 0] == 27
             seen[PigLatinVocabulary().decode(source), PigLatinVocabulary().decode(target)] += 1
     assert seen == dict.fromkeys(PAIRS, 5)
@@ -307,7 +307,7 @@ def test_joined_lines_count_the_translation_only(padded):
         for line, mask in zip(batch["tokens"].tolist(), batch["loss_mask"].tolist(), strict=True):
             end = line.index(28)
             stop = line.index(28, end + 1)
-            assert mask == [end < target <= stop for target in range(1, len(line))]
+            assert mask == [end < target <= stop for target in range(len(line))]
             assert set(line[stop:]) == {28}
             letters = "".join("abcdefghijklmnopqrstuvwxyz-"[i] if i < 27 else " " for i in line)
             found.add(tuple(letters.split()))

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-
 from tests.models.zoo import VARIANTS, causal_models, every_model, over
 
 # The interface. Module (a pattern) → hook → axes; equal words are equal sizes within a model, or

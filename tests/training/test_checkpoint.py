@@ -100,17 +100,17 @@ def test_litter_of_a_killed_save_is_removed(tmp_path):
 
 
 def test_pruning_waits_for_a_readable_manifest(tmp_path):
-    for step in (9, 10, 100, 1000000):
+    for step in (9, 10, 999_999, 1_000_000):
         write(tmp_path, step)
     (tmp_path / "step-1000000" / MANIFEST).write_text("")
     with pytest.raises(CheckpointError):
         prune_checkpoints(tmp_path, 1)
     assert len(list_checkpoints(tmp_path)) == 4
-    write(tmp_path, 1000000)
+    write(tmp_path, 1_000_000)
     prune_checkpoints(tmp_path, None)
     assert len(list_checkpoints(tmp_path)) == 4
     prune_checkpoints(tmp_path, 2)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000100", "step-1000000"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 def reseal(path, **changes):

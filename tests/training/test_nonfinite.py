@@ -80,11 +80,13 @@ def test_a_bad_gradient_is_named_with_its_operation():
     assert error.checkpoint is None
 
 
-def test_a_hook_of_a_model_is_named():
+@pytest.mark.parametrize("hook", ["hook_q", "hook_attn_scores", "hook_z"])
+def test_a_hook_of_a_model_is_named(hook):
+    """And not the scores, which are -inf where masked, for what goes wrong behind them."""
     torch.manual_seed(0)
     sizes = ConvAttnConfig(d_vocab=13, d_model=8, n_heads=2, kernel_size=3, n_ctx=7)
     model = ConvAttn(sizes)
-    model.add_hook("blocks.0.attn.hook_attn_scores", lambda scores, hook: scores / 0)
+    model.add_hook(f"blocks.0.attn.{hook}", lambda value, hook: value / 0)
     tokens = torch.randint(13, (3, 7))
 
     class Same:
@@ -93,7 +95,7 @@ def test_a_hook_of_a_model_is_named():
 
     with pytest.raises(NonFiniteError) as raised:
         train(model, Same(), CONFIG)
-    assert raised.value.layer == "blocks.0.attn.hook_attn_scores"
+    assert raised.value.layer == f"blocks.0.attn.{hook}"
 
 
 def test_some_updates_may_be_left_out(make_model, data):

@@ -433,9 +433,10 @@ def test_circuitsvis_props_are_escaped_rounded_and_masked_only_on_request():
     key, name, props = json.loads(re.search(r"push\((.*)\);window", page.scripts[0])[1])
     assert f'id="{key}"' in html
     assert name == "AttentionHeads"
+    assert not any(re.search("[<&][^\u2060]", token) for token in props["tokens"])
+    assert [token.replace("\u2060", "") for token in props.pop("tokens")] == tokens
     assert props == {
         "attention": [[[0.3333, 0.3333]] * 2],
-        "tokens": tokens,
         "maskUpperTri": False,
     }
     causal = circuitsvis_adapter.component("AttentionPattern", mask="causal", show_axis_labels=True)

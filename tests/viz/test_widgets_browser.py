@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -29,23 +28,54 @@ FOUND = os.environ.get("SMEARLENS_CHROMIUM") or next(
 )
 pytestmark = pytest.mark.skipif(not FOUND, reason=f"no browser on the path: {CANDIDATES}")
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
---remote-debugging-pipe --disable-background-networking --hide-scrollbars""".split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+FLAGS += ["--no-first-run", "--hide-scrollbars", "--disable-background-networking"]
+FLAGS += ["--remote-debugging-pipe"]
 LAUNCH = """import os, sys
 os.dup2(int(sys.argv[1]), 3)
 os.dup2(int(sys.argv[2]), 4)
 os.execv(sys.argv[3], sys.argv[3:])"""
 DRAWN = """new Promise(done => (function wait() {
-  if (document.readyState == 'complete' && !document.querySelector('.smearlens > img'))
+  const all = [...document.querySelectorAll('.smearlens')];
+  if (document.readyState == 'complete' && all.every(w => w.querySelector('sl-say')?.textContent))
     requestAnimationFrame(() => setTimeout(() => done(performance.now())));
   else setTimeout(wait, 2);
 })())"""
 
-HOSTILE = """</script> </script><script>window.hacked=1</script> <img/src=x/onerror=window.hacked=1>
-<svg/onload=window.hacked=1> <!-- --> <![CDATA[ ]]> " ' ` & &lt;b&gt; &#60;b&#62; \\ \\u003c
-"><b/onmouseover='window.hacked=1'> ${window.hacked=1} </div></div> </style> {{7*7}}
-javascript:window.hacked=1 <iframe> <base/href=//x>""".split()
-HOSTILE += ["\u2028", "\u2029", "\u202e", "\x00", "\n", "", "\ud800"]
+HOSTILE = [
+    "</script>",
+    "</script><script>window.hacked=1</script>",
+    "<img src=x onerror=window.hacked=1>",
+    "<img/src=x/onerror=window.hacked=1>",
+    "<svg/onload=window.hacked=1>",
+    "<!--",
+    "-->",
+    "<![CDATA[",
+    "]]>",
+    '"',
+    "'",
+    "`",
+    "&",
+    "&lt;b&gt;",
+    "&#60;b&#62;",
+    "\\",
+    "\\u003c",
+    "\"><b onmouseover='window.hacked=1'>",
+    "${window.hacked=1}",
+    "</div></div>",
+    "</style>",
+    "{{7*7}}",
+    "javascript:window.hacked=1",
+    "<iframe>",
+    "<base href=//x>",
+    "\u2028",
+    "\u2029",
+    "\u202e",
+    "\x00",
+    "\n",
+    "",
+    "\ud800",
+]
 
 
 class Browser:
@@ -126,6 +156,10 @@ class Page:
         self.do("Page.navigate", url=path.as_uri())
         return self.js(DRAWN)
 
+    def wait(self, event):
+        while not any(e["method"] == event for e in self.browser.events[-1:]):
+            self.browser.events.append(self.browser.receive())
+
     def settle(self):
         self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
 
@@ -180,9 +214,21 @@ MAP = """(() => {
   return [box.x + p.left, box.y + 5, width, height];
 })()"""
 INKED = """[...document.querySelectorAll("canvas")].filter(c => c.offsetWidth).map(c => {
-  const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-  return new Set(new Uint32Array(data.buffer)).size;
+  const copy = Object.assign(document.createElement("canvas"), {width: c.width, height: c.height});
+  const g = copy.getContext("2d", {willReadFrequently: true});
+  g.drawImage(c, 0, 0);
+  return new Set(new Uint32Array(g.getImageData(0, 0, c.width, c.height).data.buffer)).size;
 })"""
+EARLY = """window.written = [];
+const fill = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+  const m = this.getTransform();
+  written.push([text, m.e, m.f, m.b]);
+  return fill.call(this, text, ...rest);
+};
+new MutationObserver(() => {
+  window.payload ||= document.querySelector(".smearlens script")?.textContent;
+}).observe(document, {childList: true, subtree: true});"""
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +242,7 @@ def browser():
 def page(browser):
     """A quiet tab: no console message, no request, whatever the test did."""
     page = Page(browser)
-    keep = "addEventListener('DOMContentLoaded', () => window.payload = document.querySelector("
-    keep += "'.smearlens script')?.textContent)"
-    spy = "const fill = CanvasRenderingContext2D.prototype.fillText; window.written = [];"
-    spy += "CanvasRenderingContext2D.prototype.fillText = function (t, ...rest) {"
-    spy += "const m = this.getTransform(); written.push([t, m.e, m.f, m.b]);"
-    spy += "return fill.call(this, t, ...rest); };"
-    early = "new MutationObserver(() => { const s = document.querySelector('.smearlens script');"
-    early += "if (s && !window.payload) window.payload = s.textContent; })"
-    early += ".observe(document, {childList: true, subtree: true});"
-    page.do("Page.addScriptToEvaluateOnNewDocument", source=keep + ";" + spy + early)
+    page.do("Page.addScriptToEvaluateOnNewDocument", source=EARLY)
     yield page
     assert page.problems() == []
 
@@ -392,9 +429,8 @@ def test_picture_stands_where_scripts_are_off(page, tmp_path):
     path = one_of_each()["attention_heads"].save_html(tmp_path / "w.html")
     page.do("Emulation.setScriptExecutionDisabled", value=True)
     page.do("Page.navigate", url=path.as_uri())
-    deadline = time.monotonic() + 5
-    while len(np.unique(page.shot().reshape(-1, 3), axis=0)) < 10:
-        assert time.monotonic() < deadline
+    page.wait("Page.loadEventFired")
+    assert len(np.unique(page.shot().reshape(-1, 3), axis=0)) > 10
 
 
 def test_circuitsvis_shares_one_bundle_and_keeps_tokens_as_text(browser, tmp_path):

@@ -128,7 +128,7 @@ class SmearFit:
 
     @property
     def coefficient(self) -> Float[Tensor, " head"]:
-        """b / (|a| + |b|): 0 without smearing, 0.5 for equal parts, negative for a difference."""
+        """Weight b / (|a| + |b|): 0 without smearing, 0.5 for equal parts, below 0 a difference."""
         return self.b / (self.a.abs() + self.b.abs())
 
 

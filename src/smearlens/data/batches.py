@@ -108,8 +108,8 @@ class RepeatBatches:
 class PaddedBatches:
     """Lines, each cut or padded to one length, in a new order each epoch.
 
-    `{"tokens": [batch, length], "loss_mask": [batch, length - 1]}`: `loss_mask[b, i]` is True where
-    `tokens[b, i + 1]`, the target of position i, is a token of the line and no padding.
+    `{"tokens": [batch, length], "loss_mask": [batch, length]}`: `loss_mask[b, t]` is True where
+    `tokens[b, t]` is a token of the line and no padding, so that it counts as a target.
 
     >>> lines = [torch.tensor([5, 6, 7]), torch.tensor([8])]
     >>> batches = PaddedBatches(lines, batch_size=2, length=4, pad=0, seed=0)
@@ -138,17 +138,17 @@ class PaddedBatches:
         for row, line in zip(self._tokens, lines, strict=True):
             row[: len(line)] = line[:length]
         n_real = torch.tensor([len(line) for line in lines])
-        self._loss_mask = torch.arange(1, length) < n_real[:, None]
+        self._loss_mask = torch.arange(length) < n_real[:, None]
 
     @property
     def n_targets(self) -> int:
         """Targets of one epoch that are not padding."""
-        return int(self._loss_mask.sum())
+        return int(self._loss_mask[:, 1:].sum())  # the first token is never one
 
     @property
     def pad_fraction(self) -> float:
         """Share of padding among the targets."""
-        return 1 - self.n_targets / self._loss_mask.numel()
+        return 1 - self.n_targets / self._loss_mask[:, 1:].numel()
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The lines of a step and which of their targets count."""

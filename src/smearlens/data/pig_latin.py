@@ -210,12 +210,11 @@ class PairBatches:
 
     `layout="pair"`: `source` is word, EOS; `target` is SOS, translation, EOS.
     `layout="joined"`, for a decoder alone: `tokens` is word, EOS, translation, EOS, and `loss_mask`
-    is True on the targets that belong to the translation or its EOS.
+    is True on the tokens of the translation and its EOS.
 
     By default all pairs of a batch have equal lengths: nothing is padded, a batch may be smaller.
     With `padded=True` batches mix words of all lengths and are filled up with EOS; `source_mask`
-    `[batch, source]` (True: real) and `loss_mask` `[batch, target - 1]` (True: `target[:, 1:]` is
-    real) come along.
+    `[batch, source]` and `loss_mask` `[batch, target]` come along (True: the token is real).
 
     >>> batches = PairBatches([("team", "eamtay"), ("eat", "eatway")], batch_size=2, seed=0)
     >>> batches.steps_per_epoch, {name: t.shape[0] for name, t in batches.batch(0).items()}
@@ -289,9 +288,9 @@ def _encode_pair(word: str, target: str, layout: str, padded: bool) -> dict[str,
     source, translation = vocabulary.encode(word), vocabulary.encode(target)
     if layout == "joined":
         tokens = torch.cat((source, eos, translation, eos))
-        return {"tokens": tokens, "loss_mask": torch.arange(1, len(tokens)) > len(word)}
+        return {"tokens": tokens, "loss_mask": torch.arange(len(tokens)) > len(word)}
     line = {"source": torch.cat((source, eos)), "target": torch.cat((sos, translation, eos))}
     if padded:
         line["source_mask"] = torch.ones(len(word) + 1, dtype=torch.bool)
-        line["loss_mask"] = torch.ones(len(target) + 1, dtype=torch.bool)
+        line["loss_mask"] = torch.ones(len(target) + 2, dtype=torch.bool)
     return line

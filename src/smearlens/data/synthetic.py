@@ -17,8 +17,8 @@ def repeated_tokens(
     period: int | tuple[int, int],
     length: int,
     d_vocab: int,
-    *,
     generator: torch.Generator,
+    *,
     bos: int | None = None,
 ) -> Int64[Tensor, "batch length"]:
     """Blocks of distinct random tokens, repeated until the sequence is full.
@@ -70,8 +70,8 @@ def repeated_random(
     period: int,
     n_repeats: int,
     d_vocab: int,
-    *,
     generator: torch.Generator,
+    *,
     bos: int | None = None,
 ) -> Int64[Tensor, "batch pos"]:
     """Blocks of `period` distinct random tokens, each repeated exactly `n_repeats` times.

@@ -209,8 +209,8 @@ def _byte_characters() -> dict[int, str]:
 def _split_at_spaces(text: str, size: int) -> list[str]:
     """Parts of `size` characters or a little more, cut before a single space between two words.
 
-    GPT-2 never merges across such a place, so that the parts encode to what the whole encodes to,
-    several times faster.
+    GPT-2 never merges across such a place: the parts, which can be encoded at the same time, encode
+    to what the whole encodes to.
     """
     cut, parts, start = re.compile(r"\S(?= \S)"), [], 0
     while start < len(text):

@@ -22,6 +22,7 @@ from smearlens._hooks import ActivationCache, HookedRootModule, caching_hook
 FAMILIES = {  # class name in a config.json -> the module that defines it
     "ConvAttn": "smearlens.models.conv_attn",
     "AttnAttn": "smearlens.models.attn_attn",
+    "Mamba": "smearlens.models.mamba",
 }
 SCHEMA = 1  # of config.json
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -51,6 +52,8 @@ class LensConfig:
     d_head: int
     d_vocab: int
     n_ctx: int
+    attn_only: bool  # no block has an MLP
+    normalization_type: str | None  # "LN", or None
     device: torch.device
     dtype: torch.dtype
 
@@ -90,9 +93,11 @@ class HookedModel(HookedRootModule):
         """Sizes under the names of TransformerLens, with device and dtype of the weights."""
         weight = next(self.parameters())
         c = self.config
+        attn_only = not any(name.endswith("hook_mlp_out") for name in self.hook_dict)
+        normed = any(isinstance(module, torch.nn.LayerNorm) for module in self.modules())
         return LensConfig(
             c.n_layers, c.n_heads, c.d_model, c.d_model // c.n_heads, c.d_vocab, c.n_ctx,
-            weight.device, weight.dtype,
+            attn_only, "LN" if normed else None, weight.device, weight.dtype,
         )  # fmt: skip
 
     @property
@@ -167,7 +172,7 @@ class HookedModel(HookedRootModule):
     def run_with_cache(  # pyrefly: ignore[bad-override]
         self,
         *inputs: Any,
-        names_filter: str | Sequence[str] | Callable[[str], bool] | None = None,
+        names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,

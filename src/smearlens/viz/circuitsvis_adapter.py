@@ -1,13 +1,14 @@
 """CircuitsVis components without a network, with one copy of their script per page.
 
 CircuitsVis 1.43 puts 1.3 MB of script into every widget, asks the network at each display, leaves
-its props unescaped and masks the upper triangle unless told otherwise. Here the script is taken
-from the installed package once, and each widget is a line of escaped props.
+its props unescaped, writes tokens as HTML and masks the upper triangle unless told otherwise. Here
+the script is taken from the installed package once, and each widget is a line of harmless props.
 Leaves out: views of our own (`widgets.py`), which need no React and validate their input.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ COMPONENTS = MASKED | {
     "TopkSamples",
     "TopkTokens",
 }
+
+# Components write some strings as HTML and some as text. An invisible word joiner after these
+# characters keeps them from opening a tag or an entity in the former and looks right in both.
+MARKUP = re.compile("[<&](?! )")
 
 TAIL = """
 window.slFlush = function () {
@@ -145,7 +150,9 @@ def _plain(name: str, prop: Any) -> Any:
         if not np.isfinite(prop):
             raise ValueError(f"{name} must be finite, got {prop}; see torch.nan_to_num")
         return round(prop, 4)
-    if prop is None or isinstance(prop, (bool, int, str)):
+    if isinstance(prop, str):
+        return MARKUP.sub("\\g<0>\u2060", prop)
+    if prop is None or isinstance(prop, (bool, int)):
         return prop
     if isinstance(prop, Mapping):
         return {str(key): _plain(name, value) for key, value in prop.items()}

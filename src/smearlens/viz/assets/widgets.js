@@ -32,7 +32,7 @@ async function decode({ data, bits, low, step }) {
 	return (i) => low + step * levels[i];
 }
 
-// gives a canvas a size in CSS pixels, sharp on any screen
+// sizes a canvas in CSS pixels, sharp on any screen
 function sized(c, width, height, ink) {
 	const dpr = devicePixelRatio, g = c.getContext("2d");
 	c.width = round(width * dpr);
@@ -42,7 +42,7 @@ function sized(c, width, height, ink) {
 	return Object.assign(g, { imageSmoothingEnabled: false, textAlign: "right", textBaseline: "middle", fillStyle: ink, strokeStyle: ink });
 }
 
-// 256 colours from low to high; dark where the text around the widget is light
+// 256 colours from low to high; dark where the text around is light
 function colours(v) {
 	const { low, high, colors } = v.p, g = el("canvas", { width: 256 }).getContext("2d", { willReadFrequently: true });
 	g.fillStyle = v.ink = getComputedStyle(v.div).color;
@@ -59,7 +59,7 @@ function colours(v) {
 	v.bar.style.background = `linear-gradient(90deg,${stops.map(([place, c]) => c + " " + 100 * place + "%")})`;
 }
 
-// tokens as text; fill() colours them, or draws a bar, its interval and its null above each
+// tokens as text, coloured or under a bar with its interval and null
 function strip(v, tokens, { word, keys, bars, wide }, pick, value, on) {
 	const { low, high, interval, band, future } = v.p, spans = tokens.map((t, i) => el("span", { onpointerenter: () => pick(i) }, t));
 	const box = el("sl-text", { tabIndex: 0 }, el("small", {}, word), ...spans), y = (x) => bars * (high - x) / (high - low);
@@ -131,7 +131,7 @@ function view(v) {
 			g.fillText(t, -5, 0, 66);
 			g.restore();
 		};
-		const row = (i) => label(rows[i], 0, left, y(i)), col = (i) => label(cols[i], -Math.PI / 2, x(i), height);
+		const row = (i) => label(rows[i], 0, left, y(i)), col = (i) => label(rows[i], -Math.PI / 2, x(i), height);
 		g.font = "10px system-ui";
 		for (let i = 0; i < Q; i += ceil(11 / ch)) row(i);
 		for (let i = 0; i < K; i += ceil(11 / cw)) col(i);
@@ -187,7 +187,8 @@ async function start(div) {
 	slider.oninput = () => v.draw(out.textContent = frames[v.frame = +slider.value]);
 	div.replaceChildren(el("style", {}, CSS), el("sl-row", {}, el("b", {}, p.title),
 		frames[1] ? el("label", {}, slider, " ", out) : "", p.ends ? el("span", {}, p.ends[0], v.bar, p.ends[1]) : ""), body);
-	let width;
+	let width = div.clientWidth;
+	v.draw();
 	new ResizeObserver(() => width !== (width = div.clientWidth) && requestAnimationFrame(v.draw)).observe(div);
 	live.add(v);
 }
@@ -197,6 +198,6 @@ const ready = () => {
 	for (const node of document.querySelectorAll("html,body")) new MutationObserver(again).observe(node, { attributes: true });
 };
 matchMedia("(prefers-color-scheme:dark)").onchange = again;
-document.body ? ready() : addEventListener("DOMContentLoaded", ready);
+document.readyState === "loading" ? addEventListener("DOMContentLoaded", ready) : ready();
 if (window.document$) document$.subscribe(all);
 })();
