@@ -2,8 +2,8 @@
 
     python benchmarks/bench_hooks.py
 
-The peer is a copy of the model in which every HookPoint is replaced by a plain function that returns
-its argument, so that not even a module call is paid.
+The peer is a copy of the model in which every HookPoint is replaced by a plain function that
+returns its argument, so that not even a module call is paid.
 """
 
 from __future__ import annotations

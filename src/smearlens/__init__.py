@@ -20,6 +20,7 @@ _HOMES = {
     "smearlens.causal.audit": ("Audit", "audit"),
     "smearlens.causal.ablate": ("Component", "ablate", "role_without_lags"),
     "smearlens.causal.patch": ("attribution", "patch_activation", "patch_path"),
+    "smearlens.data.batches": ("RepeatBatches", "TokenBatches"),
     "smearlens.data.synthetic": ("iid_tokens", "repeated_tokens"),
     "smearlens.data.corpora": ("load_corpus",),
     "smearlens.data.tokenizers": ("ByteTokenizer", "CharTokenizer", "gpt2_tokenizer"),

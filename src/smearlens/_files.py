@@ -70,11 +70,12 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_dict(cls: type[Config], given: dict[str, Any], where: str = "") -> Config:
+def from_dict(cls: type[Config], given: Any, where: str = "") -> Config:
     """Build dataclass `cls` from a dictionary, strictly.
 
     Raises:
-        ValueError: for an unknown key (with the nearest field), a missing one, or a wrong type
+        ValueError: for something else than a dictionary, an unknown key (with the nearest field), a
+            missing one, or a wrong type
     """
     where = where or cls.__name__
     if not isinstance(given, dict):

@@ -1,7 +1,7 @@
 """Slow references of the metrics: plain loops over lists and numpy float64 arrays.
 
-Written from the definitions, entry by entry, and importing nothing of smearlens. Patterns are arrays
-[batch head query key]; a prepared row is a dictionary from allowed key to weight.
+Written from the definitions, entry by entry, and importing nothing of smearlens. Patterns are
+arrays [batch head query key]; a prepared row is a dictionary from allowed key to weight.
 """
 
 from __future__ import annotations
@@ -284,13 +284,22 @@ def future(b: int, q: int, row: Row) -> float:
     return sum(a for k, a in row.items() if k > q)
 
 
-def lag_profile(pattern: np.ndarray, lags: Sequence[int], leave: Leave) -> np.ndarray:
-    """Mean over all valid rows of A[q, q - l], 0 where there is no such key, [example head lag]."""
-    columns = [
-        per_example(pattern, lambda b, q, row, lag=lag: row.get(q - lag, 0.0), leave)
-        for lag in lags
-    ]
-    return np.stack(columns, -1)
+def lag_profile(
+    pattern: np.ndarray, lags: Sequence[int], leave: Leave, *, everywhere: bool = False
+) -> np.ndarray:
+    """Mean over valid rows of A[q, q - l], [example head lag].
+
+    A row counts at the lags where its key exists; `everywhere` counts it at all, with weight 0.
+    """
+    keys = pattern.shape[3]
+
+    def at(lag: int) -> Value:
+        def value(b: int, q: int, row: Row) -> float | None:
+            return row.get(q - lag, 0.0) if everywhere or 0 <= q - lag < keys else None
+
+        return value
+
+    return np.stack([per_example(pattern, at(lag), leave) for lag in lags], -1)
 
 
 # Pairs of distributions --------------------------------------------------------------------------
@@ -309,7 +318,7 @@ def js(p: Row, q: Row) -> float:
 
 def head_diversity(pattern: np.ndarray, leave: Leave) -> np.ndarray:
     """Mean over pairs of heads and rows of JS / log 2; rows with one allowed key left out."""
-    batch, heads, queries, keys = pattern.shape
+    batch, heads, queries, _ = pattern.shape
     found = []
     for b in range(batch):
         values = []

@@ -1,19 +1,17 @@
 """Losses and accuracies: plain loops and logits made by hand."""
 
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import config as jaxtyping_config
+from tests.analysis import reference as ref
 
 from smearlens import ar_split, icl_score, induction_accuracy, induction_loss, per_token_loss
 from smearlens.analysis.behaviour import induction_gain, loss_by_position, predictable
 from smearlens.data.synthetic import repeated_random, repeated_tokens
-from tests.analysis import reference as ref
 
 V = 7
 TOKENS = torch.tensor(
@@ -21,23 +19,9 @@ TOKENS = torch.tensor(
 )
 
 
-@pytest.fixture
-def unchecked():
-    """Shapes unchecked, as for a user: the library's own messages must come."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
-
-
 def random_logits(seed=0, tokens=TOKENS, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(*tokens.shape, V, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def repeats_of_three(logits, tokens):
-    """Row 1 of TOKENS: blocks 6 1 2; repeat 1 predicts indices 1, 2; boundary 3; then the rest."""
-    of = ref.losses(logits.numpy(), tokens.numpy())[1]
-    return of, [1, 2], [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -142,7 +126,7 @@ def test_icl_score_takes_the_right_tokens(length, early, late):
 
 
 def test_icl_score_of_every_short_length_follows_the_fractions():
-    for length in range(4, 512):
+    for length in range(4, 512, 3):
         tokens = torch.zeros(1, length, dtype=torch.int64)
         score = icl_score(torch.zeros(1, length, 1), tokens)
         assert score.early == -(-length // 10)
@@ -198,45 +182,3 @@ def test_losses_are_positive_and_do_not_see_a_shift_of_the_logits(length, used, 
     assert bool((per_token_loss(logits, tokens) >= 0).all())
     accuracy = induction_accuracy(logits, tokens)
     assert bool(((accuracy >= 0) & (accuracy <= 1) | accuracy.isnan()).all())
-
-
-# Bad input ---------------------------------------------------------------------------------------
-
-LOGITS = torch.zeros(3, 9, V)
-BAD = {
-    "logits of other tokens": (
-        lambda: per_token_loss(LOGITS, TOKENS[:, :5]),
-        ValueError, r"logits must be \[batch pos d_vocab\] .* got \[3, 9, 7\] and \[3, 5\]",
-    ),
-    "logits without vocabulary": (
-        lambda: induction_accuracy(LOGITS[..., 0], TOKENS), ValueError, r"got \[3, 9\] and",
-    ),
-    "float tokens": (
-        lambda: induction_loss(LOGITS, TOKENS.float()),
-        TypeError, r"tokens must be an integer tensor, got torch.float32",
-    ),
-    "tokens out of the vocabulary": (
-        lambda: ar_split(LOGITS, TOKENS + 1), ValueError, r"tokens range over 1..7, .* over 0..6",
-    ),
-    "padding below zero": (
-        lambda: induction_loss(LOGITS, TOKENS - 1), ValueError, r"tokens range over -1..5",
-    ),
-    "one token": (
-        lambda: per_token_loss(LOGITS[:, :1], TOKENS[:, :1]),
-        ValueError, r"need at least 2 tokens per example, got 1",
-    ),
-    "late beyond the context": (
-        lambda: icl_score(LOGITS, TOKENS, late=9),
-        ValueError, r"need 1 <= early < late < 9 \(the context\), got early=1, late=9",
-    ),
-    "early at the first token": (
-        lambda: icl_score(LOGITS, TOKENS, early=0), ValueError, r"got early=0, late=8",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_wrong_input_is_refused_in_words(case, unchecked):
-    call, error, message = BAD[case]
-    with pytest.raises(error, match=re.compile(message)):
-        call()

@@ -1,19 +1,17 @@
 """Layers compared: against loops over all matchings and quadruples, closed forms, known nulls."""
 
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import config as jaxtyping_config
+from tests.analysis import reference as ref
 
 from smearlens import layer_similarity, linear_cka
 from smearlens.analysis.mixing import DenseMixing
 from smearlens.analysis.similarity import js_similarity
-from tests.analysis import reference as ref
 
 BATCH, LENGTH = 2, 6
 PADS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]]).bool()
@@ -25,14 +23,6 @@ OPTIONS = {
 }
 KINDS = {"js": {"kind": "js"}, "centred": {"kind": "cosine"}}
 KINDS["raw"] = {"kind": "cosine", "centred": False}
-
-
-@pytest.fixture
-def unchecked():
-    """Shapes unchecked, as for a user: the library's own messages must come."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 def two_layers(*, causal=True, broken=True):
@@ -273,52 +263,3 @@ def test_similarities_are_bounded_symmetric_and_one_for_equals(length, heads, se
             assert bool((values >= (-1 if kind == {"kind": "cosine"} else 0)).all())
             assert float(values[0, 3]) == pytest.approx(1)
             assert bool((values[0, :3] <= values[0, 3] + 1e-9).all())
-
-
-# Bad input ---------------------------------------------------------------------------------------
-
-ONE, OTHER = two_layers(broken=False)
-BAD = {
-    "one layer": (
-        lambda: layer_similarity(cache_of(ONE)), r"at least two layers, found \['blocks.0.attn'\]",
-    ),
-    "kind": (lambda: layer_similarity(cache_of(ONE, OTHER), kind="l2"), r"kind='l2' \(js, cosine"),
-    "heads": (
-        lambda: layer_similarity(cache_of(ONE, OTHER), heads="max"), r"heads='max' \(mean, match\)",
-    ),
-    "sizes": (
-        lambda: layer_similarity(cache_of(ONE, OTHER[:, :, :5, :5])),
-        r"layers over 5 x 5 and 6 x 6 positions cannot be compared .*; use kind='cka'",
-    ),
-    "one activation": (
-        lambda: layer_similarity({"a.hook_resid_post": torch.ones(2, 3, 5)}, kind="cka"),
-        r"cka needs at least two cached activations at 'hook_resid_post'",
-    ),
-    "mask of another size": (
-        lambda: layer_similarity(
-            {f"{n}.hook_resid_post": torch.ones(2, 9, 5) for n in "ab"}, kind="cka",
-            query_mask=torch.ones(2, 7).bool(),
-        ),
-        r"query_mask \[2, 7\] does not fit activations of \[batch pos\] = \[2, 9\]",
-    ),
-    "other tokens": (
-        lambda: linear_cka(torch.ones(7, 3), torch.ones(5, 3)),
-        r"x and y must be \[token width\] on the same tokens",
-    ),
-    "three tokens": (
-        lambda: linear_cka(torch.ones(3, 2), torch.ones(3, 2)), r"needs at least 4 tokens, got 3",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_wrong_input_is_refused_in_words(case, unchecked):
-    call, message = BAD[case]
-    with pytest.raises(ValueError, match=re.compile(message)):
-        call()
-
-
-def test_an_option_that_does_not_exist_is_refused_for_activations_too():
-    cache = {f"{n}.hook_resid_post": torch.ones(2, 9, 5) for n in "ab"}
-    with pytest.raises(TypeError, match="exclude_eos"):
-        layer_similarity(cache, kind="cka", exclude_eos=True)

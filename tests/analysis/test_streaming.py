@@ -150,7 +150,7 @@ def test_half_precision_is_raised_first(dtype, generator):
     assert same.max() < 1e-12
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 129])
+@pytest.mark.parametrize("length", [1, 2, 8, 129, 641])
 def test_uniform_heads_have_their_closed_forms(length):
     zeros = torch.zeros(2, 3, length, 5)
     found = row_statistics(zeros, zeros, causal=True)
@@ -277,11 +277,25 @@ def test_grouping_of_heads_changes_nothing(generator, monkeypatch):
         assert_equals(row_statistics(q, k, causal=True, key_mask=mask), whole)
 
 
-def test_large_scores_do_not_overflow(generator):
-    q, k = random_qk(generator, 20, dtype=torch.float32, sharp=1e4)
-    found = row_statistics(q, k, causal=False)
+@CAUSAL
+def test_large_scores_neither_overflow_nor_leak_through_the_mask(causal, generator):
+    q, k = random_qk(generator, 20, sharp=1e4)
+    options = {"causal": causal, "key_mask": random_mask(generator, 20)}
+    p = dense_pattern(q, k, **options)
+    assert_equals(row_statistics(q, k, **options), loop_statistics(p, 0.9))
+    found = row_statistics(q.float(), k.float(), causal=causal)
     assert found.lse.isfinite().all()
-    assert (found.entropy < 1).all()
+
+
+def test_rounding_never_leaves_the_range_of_a_statistic(generator):
+    q, k = random_qk(generator, 300, dtype=torch.float32)
+    found = row_statistics(q, k, causal=False)
+    assert found.future_mass.min() >= 0
+    assert found.future_mass[:, :, -1].max() < 1e-6
+    js = js_rows(q, k, q, k, causal=False)
+    assert 0 <= js.min() <= js.max() < 2e-6
+    cosine = inner(q, k, q, k, causal=False).cosine
+    assert 1 - 1e-6 < cosine.min() <= cosine.max() <= 1
 
 
 def test_no_gradient_is_recorded(generator):

@@ -322,4 +322,4 @@ def test_an_exception_at_any_hook_leaves_nothing_behind(variant, model, run):
         )
         assert (registered, model.context_level) == (2, 0)
     assert torch.equal(model(variant.tokens), before)
-    assert seen[first] == 2 + len(model.hook_dict) * 1
+    assert seen[first] == 2 + len(model.hook_dict)

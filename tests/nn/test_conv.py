@@ -341,6 +341,14 @@ def test_smearing_piece_by_piece_equals_all_at_once(pieces, generator):
     torch.testing.assert_close(torch.cat(smeared, dim=1), module(keys))
 
 
+def test_half_precision_keys_stay_half_precision(generator):
+    keys = torch.randn(2, 5, 3, 7, generator=generator).bfloat16()
+    smeared = KeySmear(3)(keys)
+    assert smeared.dtype == torch.bfloat16
+    exact = (keys.float()[:, 1:] + keys.float()[:, :-1]) / 2
+    torch.testing.assert_close(smeared[:, 1:].float(), exact, atol=0.02, rtol=0.02)
+
+
 def test_no_heads_is_an_error():
     with pytest.raises(ValueError, match="n_heads must be at least 1, got 0"):
         KeySmear(0)

@@ -112,6 +112,66 @@ def test_some_updates_may_be_left_out(make_model, data):
         train(strict, data, TrainConfig(steps=12, accumulation=2, skip_nonfinite=1))
 
 
+class NanAt:
+    """Ones, but nan in the batches of some steps."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def batch(self, step):
+        return {"x": torch.full((2, 3), math.nan if step in self.steps else 1.0)}
+
+
+class MeanOutput(nn.Linear):
+    def forward(self, x, return_type):
+        return super().forward(x).mean()
+
+
+def test_updates_left_out_are_counted_across_a_resumption(tmp_path):
+    config = TrainConfig(steps=12, checkpoint_every=4, skip_nonfinite=1)
+    for _ in range(2):  # the second time from the checkpoint between the two
+        with pytest.raises(NonFiniteError, match="step 9: "):
+            train(MeanOutput(3, 5), NanAt(2, 9), config, out=tmp_path)
+
+
+class OneOverDropout(nn.Module):
+    """Infinite whenever dropout hits its single number."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.inverse, self.weight = (
+            nn.Dropout(0.1),
+            Inverse(),
+            nn.Parameter(torch.ones(1)),
+        )
+
+    def forward(self, x, return_type):
+        return (self.inverse(self.drop(x[:1, 0])) * self.weight).mean()
+
+
+class Inverse(nn.Module):
+    def forward(self, x):
+        return 1 / x
+
+
+def test_the_search_sees_the_same_dropout():
+    with pytest.raises(NonFiniteError) as raised:
+        train(OneOverDropout(), NanAt(), TrainConfig(steps=200, seed=1))
+    assert raised.value.step > 0
+    assert raised.value.layer == "inverse"
+
+
+def test_gradients_that_no_scale_can_save_are_an_error():
+    config = TrainConfig(steps=30)
+    accelerator = make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    updater = Updater(RootAtZero(3, 5), Zeros(), config, accelerator)
+    for step in range(3):
+        assert updater.update(step, 0.01, lambda loss: None)["skipped"]
+    with pytest.raises(NonFiniteError, match="step 3: "):
+        updater.update(3, 0.01, lambda loss: None)
+
+
 def test_gradient_scaling_leaves_overflowing_updates_out_and_goes_on(make_model, data):
     """What fp16 does on a GPU, with a scaler on the CPU: its first scales are far too large."""
     config = TrainConfig(steps=30, lr=0.01)

@@ -82,6 +82,15 @@ def test_a_folder_in_use_is_refused_until_closed(tmp_path):
     RunFolder(tmp_path, {}).close()
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    RunFolder(tmp_path, {}).close()
+    (tmp_path / ".config.json.x7.tmp").write_text("{")
+    (tmp_path / "checkpoints" / ".step-000500.99.tmp").mkdir()
+    RunFolder(tmp_path, {}).close()
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ["checkpoints", "config.json"]
+
+
 def test_files_of_no_run_are_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(RunConflictError, match=r"no config\.json that says of what"):

@@ -135,7 +135,7 @@ def future_mass(source: Any, **options: Any) -> Any:
 
 
 def lag_profile(source: Any, *, max_lag: int = 32, **options: Any) -> Any:
-    """Mean weight at each lag q - k, over all valid rows; a key that does not exist has weight 0.
+    """Mean weight at each lag q - k, over the rows where that key exists.
 
     Args:
         source: a cache, or a pattern [batch head query key]
@@ -143,8 +143,7 @@ def lag_profile(source: Any, *, max_lag: int = 32, **options: Any) -> Any:
         **options: fields of `RowOptions`
 
     Returns:
-        `Profile`s by layer name for a cache, one `Profile` for a pattern. It sums to at most 1 over
-        the lags: of L rows only L - l have a key at lag l, see `prev_token_score` for their mean
+        `Profile`s by layer name for a cache, one `Profile` for a pattern
     """
     chosen = RowOptions(**options)
     profiles = {
@@ -159,11 +158,18 @@ class Profile:
 
     Attributes:
         lags: the lags, in tokens
-        values: [example head lag]
+        values: mean over the rows that have a key at the lag, [example head lag]
+        share: mean over all rows, where a key that does not exist has weight 0; it sums to at most
+            1 over the lags, [example head lag]
     """
 
-    def __init__(self, lags: list[int], values: Float[Tensor, "example head lag"]):
-        self.lags, self.values = lags, values
+    def __init__(
+        self,
+        lags: list[int],
+        values: Float[Tensor, "example head lag"],
+        share: Float[Tensor, "example head lag"],
+    ):
+        self.lags, self.values, self.share = lags, values, share
 
     def mean(self) -> Float[Tensor, "head lag"]:
         """Mean over examples."""
@@ -225,18 +231,17 @@ def _profile_of(mixing: Mixing, max_lag: int, options: RowOptions) -> Profile:
         raise ValueError("lags are undefined between two sequences (cross attention)")
     last = min(max_lag, mixing.n_queries - 1)
     lags = list(range(0 if mixing.causal else -last, last + 1))
-    total = count = torch.zeros((), dtype=torch.float64)
+    sums = [torch.zeros((), dtype=torch.float64)] * 3  # of weights, rows with that key, all rows
     for block in row_blocks(mixing, options):
-        weights = torch.where(block.full[..., None], block.weights, 0)
-        rows = torch.arange(block.start, block.start + weights.shape[-2])
-        columns = []
-        for lag in lags:
-            there = (rows >= lag) & (rows - lag < weights.shape[-1])
-            entry = weights[..., rows[there] - block.start, rows[there] - lag]
-            columns.append(entry.sum(-1, dtype=torch.float64))
-        total = total + torch.stack(columns, -1)
-        count = count + block.full.sum(-1)[..., None]
-    return Profile(lags, total / count)
+        key = block.query - torch.tensor(lags)  # [rows lag]
+        there = (key >= 0) & (key < mixing.n_keys)
+        index = key.clamp(0, mixing.n_keys - 1).expand(*block.weights.shape[:2], -1, -1)
+        valid = there & block.full[..., None]
+        weights = torch.where(valid, block.weights.gather(-1, index), 0)
+        parts = (weights, valid, block.full[..., None])
+        sums = [s + p.sum(-2, dtype=torch.float64) for s, p in zip(sums, parts, strict=True)]
+    total, existing, everything = sums
+    return Profile(lags, total / existing, total / everything)
 
 
 def _diversity(mixing: Mixing, kind: str, options: RowOptions) -> Float[Tensor, " example"]:

@@ -65,8 +65,13 @@ def behaviour(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str,
     }
 
 
-def head_scores(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, Any]:
-    """Every head's induction, previous-token and duplicate-token score, and the best of each."""
+def head_scores(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], *, example: bool
+) -> dict[str, Any]:
+    """Every head's induction, previous-token and duplicate-token score, and the best of each.
+
+    With `example`, also the patterns of the best head's layer on the first sequence.
+    """
     with torch.no_grad():
         _, cache = model.run_with_cache(
             tokens, names_filter=lambda name: name.endswith("hook_pattern")
@@ -76,17 +81,18 @@ def head_scores(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[st
         "prev_token": prev_token_score(cache),
         "duplicate_token": duplicate_token_score(cache, tokens),
     }
+    summary = {name: _score_summary(scores) for name, scores in found.items()}
+    if not example:
+        return summary
     best = best_head(found["induction"])
-    pattern = cache[f"{best['layer']}.hook_pattern"][0, best["head"]]
-    return {
-        **{name: _score_summary(scores) for name, scores in found.items()},
-        "example": {
-            "layer": best["layer"],
-            "head": best["head"],
-            "tokens": tokens[0].tolist(),
-            "pattern": [_rounded(row, 3) for row in pattern],
-        },
+    heads = cache[f"{best['layer']}.hook_pattern"][0]
+    summary["example"] = {
+        "layer": best["layer"],
+        "head": best["head"],
+        "tokens": tokens[0].tolist(),
+        "patterns": [[_rounded(row, 3) for row in head] for head in heads],
     }
+    return summary
 
 
 def smearing(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, Any]:

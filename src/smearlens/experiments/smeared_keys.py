@@ -105,7 +105,7 @@ def compare(config: CompareConfig, out: Path, *, jobs: int = 1, command: str = "
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         "measures": found,
     }
-    write_atomically(out / "result.json", json.dumps(study, indent=1) + "\n")
+    write_atomically(out / "result.json", json.dumps(study) + "\n")
     report = write_compare_report(study, out)
     return Result(out, report, verdicts, found)
 
@@ -168,7 +168,7 @@ def tasks(config: CompareConfig) -> dict[str, Task]:
     def on_repeats(model: HookedModel, cell: Cell) -> dict[str, Any]:
         return {
             **measures.behaviour(model, tokens),
-            "scores": measures.head_scores(model, tokens),
+            "scores": measures.head_scores(model, tokens, example=cell.seed == 0),
             "smearing": measures.smearing(model, tokens),
             "audit": measures.audited(model, floor_steps=config.floor_steps),
         }
@@ -176,7 +176,7 @@ def tasks(config: CompareConfig) -> dict[str, Task]:
     def on_fixed(model: HookedModel, cell: Cell) -> dict[str, Any]:
         return {
             **measures.behaviour(model, fixed),
-            "scores": measures.head_scores(model, fixed),
+            "scores": measures.head_scores(model, fixed, example=False),
             "positional": measures.positional_test(
                 model, period=FIXED_PERIOD, others=(10, 12, 19), length=LENGTH, d_vocab=D_VOCAB
             ),

@@ -325,8 +325,8 @@ def load_model(path: str | Path) -> HookedModel:
     name = _description(folder)["model"]
     if name not in FAMILIES:
         raise ModelFileError(
-            f"{folder / 'config.json'}: holds a model of class {name!r}, expected one of "
-            f"{sorted(FAMILIES)}; update smearlens or restore the file"
+            f"{folder / 'config.json'}: found a model of class {name!r}, expected one "
+            f"of {sorted(FAMILIES)}; update smearlens or restore the file"
         )
     return load_folder(family(name), folder)
 
@@ -336,8 +336,8 @@ def load_folder(cls: type[Model], folder: Path) -> Model:
     description = _description(folder)
     if description["model"] != cls.__name__:
         raise ModelFileError(
-            f"{folder / 'config.json'}: holds a {description['model']}, not a {cls.__name__}; "
-            f"use {description['model']}.from_pretrained, or load_model for any"
+            f"{folder / 'config.json'}: found a model of class {description['model']}, expected "
+            f"{cls.__name__}; use {description['model']}.from_pretrained, or load_model for any"
         )
     weights = folder / "model.safetensors"
     if not weights.exists():

@@ -64,7 +64,7 @@ class Decoder(HookedModel):
             self.hook_pos_embed = HookPoint()  # [batch pos d_model]
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
-        self.ln_final = nn.LayerNorm(config.d_model) if config.norm else nn.Identity()
+        self.ln_final: nn.Module = nn.LayerNorm(config.d_model) if config.norm else nn.Identity()
         self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
         self.setup()
 

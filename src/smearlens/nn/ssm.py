@@ -90,7 +90,7 @@ class SelectiveSSM(nn.Module):
         self.hook_gate = HookPoint()  # [batch pos channel], after its SiLU
 
     @property
-    def A(self) -> Float[Tensor, "channel d_decay"]:  # noqa: N802
+    def A(self) -> Float[Tensor, "channel d_decay"]:
         """The negative decay rates; [channel 1] where all states share one."""
         return -self.A_log.float().exp()
 
@@ -157,7 +157,7 @@ class SelectiveSSM(nn.Module):
 
 
 def _init_delta(dt_proj: nn.Linear, low: float = 1e-3, high: float = 0.1) -> None:
-    """Weights of scale dt_rank^-1/2, and a bias that puts softplus(bias) log-uniformly in low..high.
+    """Weights of scale dt_rank^-1/2; a bias that puts softplus(bias) log-uniformly in low..high.
 
     Source:
         Gu & Dao 2023, section 3.6

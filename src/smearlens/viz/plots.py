@@ -174,5 +174,5 @@ def draw_bars(
         )
     ax.set_xticks(range(len(groups)), list(groups), fontsize=8)
     ax.set(ylabel=ylabel)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -17,6 +17,7 @@ from typing import Any
 from smearlens._files import write_atomically
 from smearlens.analysis.stats import Estimate, over_seeds
 from smearlens.viz import plots
+from smearlens.viz.widgets import page_bundle
 
 Study = dict[str, Any]
 
@@ -137,9 +138,30 @@ def draw_stripes(figure: Any, study: Study) -> None:
     for ax, (name, scores) in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
         best, example = scores["induction"]["best"], scores["example"]
         marks = _targets(example["tokens"])
-        plots.draw_pattern(ax, example["pattern"], marks=marks)
+        plots.draw_pattern(ax, example["patterns"][example["head"]], marks=marks)
         ax.set_title(f"{name}\ninduction {best['score']:.2f}, chance {best['chance']:.2f}",
                      fontsize=9)  # fmt: skip
+
+
+def head_maps(study: Study) -> str:
+    """Interactive maps of all heads of the best layer, two models side by side."""
+    import numpy as np
+
+    from smearlens.viz.widgets import attention_heads
+
+    parts = []
+    for name, runs in _variants(study, "repeats"):
+        if name not in ("conv k=3", "two layers"):
+            continue
+        example = runs[0]["scores"]["example"]
+        weights = np.tril(np.asarray(example["patterns"]))
+        weights = weights / weights.sum(-1, keepdims=True)  # undo the rounding of result.json
+        widget = attention_heads(
+            weights, [f"{token} " for token in example["tokens"]], mask="causal",
+            title=f"{name}: {example['layer']}, one example of repeated random tokens",
+        )  # fmt: skip
+        parts.append(widget.to_html(bundle="page"))
+    return "\n".join(parts)
 
 
 def draw_kernels(figure: Any, study: Study) -> None:
@@ -211,7 +233,8 @@ body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--bg);m
 margin:2rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;
 margin-top:2.4rem}p.lead,figcaption,.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;
 font-size:13px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.35rem .6rem;
-border-bottom:1px solid var(--line);vertical-align:top}th{font-weight:600;color:var(--soft)}
+border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th{font-weight:600;color:var(--soft)}
 .scroll{overflow-x:auto}img{max-width:100%}figure{margin:1rem 0}.claim{background:var(--card);
 border:1px solid var(--line);border-left:5px solid var(--c);border-radius:4px;padding:.7rem 1rem;
 margin:.8rem 0}.claim b.v{color:var(--c);text-transform:uppercase;font-size:.8rem;
@@ -244,6 +267,8 @@ def _page(study: Study, pictures: dict[str, bytes], tables: dict[str, list[list[
             )
         if table is not None:
             parts.append(_table(tables[table]))
+        if picture == "stripes":
+            parts += [page_bundle(), head_maps(study)]
     settings = {key: study[key] for key in ("command", "config", "versions", "seconds")}
     parts.append(
         "<h2>To run it again</h2>"

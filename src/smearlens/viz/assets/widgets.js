@@ -1,11 +1,11 @@
-// Draws each <div class="smearlens"> from the JSON inside it, in place of its static picture: maps
+// Draws each <div class="smearlens"> from the JSON inside it, in place of its picture: maps
 // with a grid of heads, strips of tokens, coloured or under bars. Left to Python: checks, limits,
 // statistics, escaping.
 (() => {
 "use strict";
 const CSS = `.smearlens{font:13px/1.5 system-ui;
-canvas,small,em,sl-say{display:block}
-small,em{font:11px/18px system-ui;opacity:.75}
+canvas,small,sl-say{display:block}
+small{font:10.5px/17px system-ui;opacity:.75}
 button{font:11px/14px system-ui;color:inherit;background:none;border:0;padding:2px;border-radius:3px;cursor:pointer;text-align:left}
 sl-row,sl-grid{display:flex;flex-wrap:wrap;gap:4px 18px}
 b{margin-right:auto}
@@ -13,11 +13,10 @@ input{width:140px;vertical-align:middle}
 i{display:inline-block;width:90px;height:9px;margin:0 6px}
 sl-grid{gap:6px;margin:4px 0}
 sl-say,sl-text{white-space:pre-wrap;overflow-wrap:anywhere;min-height:24px}
-sl-text{flex:1 1 180px;font:12.5px/1.7 ui-monospace,monospace;max-height:420px;overflow:auto;padding:2px}
-span{unicode-bidi:isolate;border-radius:2px}
+sl-text{flex:1 1 180px;font:12.5px/1.7 ui-monospace,monospace;max-height:420px;overflow:auto}
+span{unicode-bidi:isolate}
 .on{box-shadow:inset 0 0 0 1.5px}}`;
 const MARKS = ["#f76707", "#12a67c"], { abs, min, max, floor, ceil, round } = Math;
-const clamp = (x, low, high) => max(low, min(high, x));
 const el = (tag, props, ...kids) => {
 	const node = Object.assign(document.createElement(tag), props);
 	node.append(...kids);
@@ -80,7 +79,7 @@ function view(v) {
 	const { p, at, body } = v, [, H, Q, K] = p.shape, { rows, cols = rows } = p;
 	let head = 0, q = Q - 1, k = p.cell ? -1 : 0, locked = [], shown, images, cw, ch;
 	const value = (h, q, k) => at(((v.frame * H + h) * Q + q) * K + k);
-	const move = (a, b) => update(q = clamp(a, 0, Q - 1), k = clamp(b, -1, K - 1));
+	const move = (a, b) => update(q = max(0, min(Q - 1, a)), k = max(-1, min(K - 1, b)));
 	body.onkeydown = (e) => {
 		const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Escape: [0, 0] }[e.key];
 		if (!step) return;
@@ -89,7 +88,7 @@ function view(v) {
 		move(q + step[0], k + step[1]);
 	};
 
-	// a pixel per cell, or the strongest cell under each pixel: thin stripes survive
+	// a pixel per cell, or the strongest cell under it: thin stripes survive
 	const image = (h, size) => images[[h, size]] ??= (() => {
 		const w = min(K, size), t = min(Q, size), best = new Float32Array(w * t).fill(NaN);
 		for (let q = 0; q < Q; q++) for (let k = p.causal ? q : K - 1; k >= 0; k--) {
@@ -102,15 +101,15 @@ function view(v) {
 		return c;
 	})();
 	const thumbs = p.heads.map((name, h) => {
-		const canvas = el("canvas"), note = el("em"), b = el("button", {}, canvas, name, note);
+		const canvas = el("canvas"), note = el("small"), b = el("button", {}, canvas, name, note);
 		b.onpointerenter = b.onfocus = () => update(head = h);
 		b.onclick = () => update(locked = locked.includes(h) ? locked.filter((x) => x !== h) : [...locked.slice(0, 1), h]);
 		return { b, canvas, note };
 	});
 	const big = MARKS.map(() => {
-		const canvas = el("canvas", { tabIndex: 0 }), name = el("small"), f = { canvas, name, box: el("div", {}, name, canvas) };
+		const canvas = el("canvas", { tabIndex: 0 }), name = el("small");
 		canvas.onpointermove = (e) => move(floor((e.offsetY - 5) / ch), max(0, floor((e.offsetX - p.left) / cw)));
-		return f;
+		return { canvas, name, box: el("div", {}, name, canvas) };
 	});
 	const strips = p.strips.map((s) => strip(v, s.keys ? cols : rows, s, (i) => s.queries ? move(i, -1) : move(q, i),
 		(i) => value(shown[0], q, s.keys && i), (i) => s.queries && i === q || s.keys && i === k));
@@ -131,7 +130,7 @@ function view(v) {
 			g.fillText(t, -5, 0, 66);
 			g.restore();
 		};
-		const row = (i) => label(rows[i], 0, left, y(i)), col = (i) => label(rows[i], -Math.PI / 2, x(i), height);
+		const row = (i) => label(rows[i], 0, left, y(i)), col = (i) => label(cols[i], -Math.PI / 2, x(i), height);
 		g.font = "10px system-ui";
 		for (let i = 0; i < Q; i += ceil(11 / ch)) row(i);
 		for (let i = 0; i < K; i += ceil(11 / cw)) col(i);
@@ -168,8 +167,11 @@ function view(v) {
 	};
 	return () => {
 		images = {};
-		const side = clamp(floor((v.div.clientWidth + 6) / p.columns) - 10, 56, 130);
-		if (H > 1) thumbs.forEach(({ canvas, note }, h) => {
+		let n = p.columns, room = v.div.clientWidth + 6;
+		while (n > 1 && room / n < 72) n = ceil(n / 2);
+		const side = min(130, floor(room / n) - 10);
+		thumbs.forEach(({ b, canvas, note }, h) => {
+			b.style.width = side + 4 + "px";
 			sized(canvas, side, side * p.ratio).drawImage(image(h, canvas.width), 0, 0, side, side * p.ratio);
 			note.textContent = p.notes[v.frame][h];
 		});

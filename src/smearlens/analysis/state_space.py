@@ -1,0 +1,255 @@
+"""The mixing of a selective state-space layer: its hidden attention.
+
+Contains `SSMMixing`, which hands out rows, diagonals or the dense array. Decays enter as products,
+never as exponentials of differences of large sums, so the negative and zero A_bar of the `bilinear`
+rule are as exact as any. Leaves out the skip D·u and the gate, which mix no positions, and the
+memory of single states (`analysis.states`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smearlens.analysis.mixing import Mixing
+
+BLOCK = 32  # rows handed out at once
+
+
+class SSMMixing(Mixing):
+    r"""Hidden attention: one signed lower-triangular matrix per example and channel.
+
+    $$M[c, i, j] = \sum_n C_i[n] \Big(\prod_{k=j+1}^{i} \bar A_k[c, n]\Big) \bar B_j[c, n],
+    \qquad j \le i$$
+
+    Exact: y_i[c] = Σ_j M[c, i, j] u_j[c], where u is the input after convolution and activation.
+    Rows come in blocks, each from the one before in O(rows · pos · d_state) per channel; a diagonal
+    costs O(pos · d_state); a row at random O(pos · d_state) more than the next one.
+
+    Build with `from_delta`, which holds no [batch pos channel d_state] tensor, or `from_steps`. Rows
+    of all channels at once take [batch channel d_state pos] of memory; `channels` takes a part.
+
+    Source:
+        Ali, Zimerman & Wolf 2024, "The Hidden Attention of Mamba Models", equation 11
+    """
+
+    causal = True
+    signed = True
+
+    def __init__(self, steps: _Delta | _Pair, C: Float[Tensor, "batch pos d_state"]):
+        self._steps, self._C = steps, _wide(C)
+        self.n_examples, self.n_queries, self.n_heads, self._d_state = steps.shape
+        self.n_keys = self.n_queries
+        wanted = (self.n_examples, self.n_queries, self._d_state)
+        if tuple(C.shape) != wanted:
+            raise ValueError(f"C must be [batch pos d_state] = {wanted}, got {tuple(C.shape)}")
+
+    @classmethod
+    def from_steps(
+        cls,
+        A_bar: Float[Tensor, "batch pos channel #d_state"],
+        B_bar: Float[Tensor, "batch pos channel d_state"],
+        C: Float[Tensor, "batch pos d_state"],
+    ) -> SSMMixing:
+        """From the pair that the layer used: what `hook_A_bar`, `hook_B_bar`, `hook_C` cache."""
+        return cls(_Pair(A_bar, B_bar), C)
+
+    @classmethod
+    def from_delta(
+        cls,
+        delta: Float[Tensor, "batch pos channel"],
+        A: Float[Tensor, "channel d_decay"],
+        B: Float[Tensor, "batch pos d_state"],
+        C: Float[Tensor, "batch pos d_state"],
+        rule: str = "mamba",
+    ) -> SSMMixing:
+        """From what the layer discretised, by `rule` "mamba", "zoh" or "bilinear".
+
+        Raises:
+            ValueError: if there is no such rule
+        """
+        return cls(_Delta(delta, A, B, rule), C)
+
+    def channels(self, start: int, stop: int) -> SSMMixing:
+        """The mixing of these channels alone: rows of few heads at a time bound the memory."""
+        if not 0 <= start < stop <= self.n_heads:
+            raise ValueError(f"channels {start}..{stop} are outside 0..{self.n_heads}")
+        return SSMMixing(self._steps.channels(slice(start, stop)), self._C)
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
+        """Rows `start` to `stop`, all keys; every column is first decayed up to `start`."""
+        found = [rows for _, _, rows in self._stream(start, stop, BLOCK)]
+        return found[0] if len(found) == 1 else torch.cat(found, -2)
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, int, Tensor]]:
+        """All rows, `size` at a time, as (start, stop, rows [batch head rows key])."""
+        return self._stream(0, self.n_queries, size)
+
+    def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
+        """Entries M[i, i - lag] for i = lag, lag + 1, …; zeros for a negative lag."""
+        first, last = self._extent(lag)
+        entries = self._C.new_zeros(self.n_examples, last - first, self.n_heads)
+        for n in range(self._d_state if lag >= 0 else 0):
+            decay, gain = self._steps.window(n, lag)
+            weight = gain[:, : last - first] * self._C[:, first:last, n, None]
+            entries.addcmul_(decay.to(weight.dtype), weight)
+        return entries.transpose(1, 2)
+
+    def reconstruct(
+        self, u: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch pos channel"]:
+        """M u by the recurrence itself, O(pos): the layer's output without D·u."""
+        state = self._C.new_zeros(self.n_examples, self.n_heads, self._d_state)
+        outputs = []
+        for start in range(0, self.n_queries, BLOCK):
+            now = slice(start, start + BLOCK)
+            A_bar, B_bar = self._steps.at(now)
+            states = []
+            for a, write in zip(
+                A_bar.unbind(1), (B_bar * u[:, now, :, None]).unbind(1), strict=True
+            ):
+                state = torch.addcmul(write, a, state)
+                states.append(state)
+            outputs.append(torch.stack(states, 1) @ self._C[:, now, :, None])
+        return torch.cat(outputs, 1).squeeze(-1)
+
+    def _stream(self, first: int, last: int, size: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows first..last; column j of `columns` is B_bar_j decayed to the row before a block."""
+        columns = self._columns(first, last)
+        for start in range(first, last, size):
+            stop = min(start + size, last)
+            a, b = (_by_channel(x) for x in self._steps.at(slice(start, stop)))
+            C = self._C[:, start:stop].mT.unsqueeze(1)  # [batch 1 d_state rows]
+            decay = a.cumprod(-1)  # from the row before the block to each row
+            rows = a.new_zeros(self.n_examples, self.n_heads, stop - start, self.n_keys)
+            rows[..., :start] = (decay * C).mT @ columns[..., :start]
+            _fill_triangle(rows[..., start:stop], a, b, C)
+            yield start, stop, rows
+            columns[..., :start] *= decay[..., -1:]
+            columns[..., start:stop] = _decay_to_end(a) * b
+
+    def _columns(self, first: int, last: int) -> Float[Tensor, "batch head d_state key"]:
+        """Room for `last` columns; those before `first` decayed to row first - 1."""
+        columns = self._C.new_empty(self.n_examples, self.n_heads, self._d_state, last)
+        kept: Tensor | float = 1.0
+        for stop in range(first, 0, -BLOCK):
+            now = slice(max(0, stop - BLOCK), stop)
+            a, b = (_by_channel(x) for x in self._steps.at(now))
+            columns[..., now] = _decay_to_end(a) * b * kept
+            kept = kept * a.prod(-1, keepdim=True)
+        return columns
+
+
+class _Pair:
+    """Steps as cached: A_bar, B_bar."""
+
+    def __init__(self, A_bar: Tensor, B_bar: Tensor):
+        self.A_bar, self.B_bar, self.shape = A_bar, B_bar, B_bar.shape
+
+    def channels(self, chosen: slice) -> _Pair:
+        return _Pair(self.A_bar[:, :, chosen], self.B_bar[:, :, chosen])
+
+    def at(self, positions: slice) -> tuple[Tensor, Tensor]:
+        """A_bar and B_bar there, [batch pos channel d_state]."""
+        return _wide(self.A_bar[:, positions]), _wide(self.B_bar[:, positions])
+
+    def window(self, n: int, lag: int) -> tuple[Tensor, Tensor]:
+        """Of state n: the decay over the `lag` steps that end at each i >= lag, and B_bar."""
+        a = _wide(self.A_bar[..., min(n, self.A_bar.shape[-1] - 1)])
+        return _window_products(a, lag), _wide(self.B_bar[..., n])
+
+
+class _Delta:
+    """Steps still to be discretised: delta, A, B and the rule."""
+
+    def __init__(self, delta: Tensor, A: Tensor, B: Tensor, rule: str):
+        if rule not in FACTORS:
+            raise ValueError(f"rule must be one of {list(FACTORS)}, got {rule!r}")
+        self.delta, self.A, self.B, self.rule = _wide(delta), _wide(A), _wide(B), rule
+        self.shape = (*delta.shape, B.shape[-1])
+
+    @cached_property
+    def elapsed(self) -> Tensor:
+        """Sum of delta up to each position; in float32 a short span late on would lose its digits."""
+        return self.delta.double().cumsum(1)
+
+    def channels(self, chosen: slice) -> _Delta:
+        return _Delta(self.delta[:, :, chosen], self.A[chosen], self.B, self.rule)
+
+    def at(self, positions: slice) -> tuple[Tensor, Tensor]:
+        """A_bar and B_bar there, [batch pos channel d_state]."""
+        A_bar, gain = FACTORS[self.rule](self.delta[:, positions, :, None], self.A)
+        return A_bar, gain * self.B[:, positions, None]
+
+    def window(self, n: int, lag: int) -> tuple[Tensor, Tensor]:
+        """As `_Pair.window`; where A_bar = exp(delta·A), from the time elapsed."""
+        A = self.A[:, min(n, self.A.shape[1] - 1)]
+        A_bar, gain = FACTORS[self.rule](self.delta, A)
+        if self.rule == "bilinear":
+            decay = _window_products(A_bar, lag)
+        else:
+            passed = self.elapsed[:, lag:] - self.elapsed[:, : self.shape[1] - lag]
+            decay = torch.exp2((passed * (A * math.log2(math.e))).to(gain.dtype))
+        return decay, gain * self.B[..., n, None]
+
+
+def _bilinear(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    phi = 1 / (1 - delta * A / 2)
+    return 1 + delta * A * phi, delta * phi
+
+
+def _zero_order_hold(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    z = delta * A
+    return z.exp(), torch.where(z == 0, delta, delta * torch.expm1(z) / torch.where(z == 0, 1, z))
+
+
+FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # A_bar and B_bar / B
+    "mamba": lambda delta, A: (torch.exp(delta * A), delta),
+    "zoh": _zero_order_hold,
+    "bilinear": _bilinear,
+}
+
+
+def _fill_triangle(square: Tensor, a: Tensor, b: Tensor, C: Tensor) -> None:
+    """M inside a block, diagonal by diagonal; `span` is the decay over the last `lag` steps."""
+    size = square.shape[-1]
+    span = torch.ones_like(a)
+    for lag in range(size):
+        entries = (C[..., lag:] * span * b[..., : size - lag]).sum(2)
+        square.diagonal(-lag, -2, -1).copy_(entries)
+        span = a[..., lag + 1 :] * span[..., :-1]
+
+
+def _decay_to_end(a: Tensor) -> Tensor:
+    """Along the last axis, the product of all later entries; 1 at the end."""
+    later = a[..., 1:].flip(-1).cumprod(-1).flip(-1)
+    return torch.cat([later, torch.ones_like(a[..., :1])], -1)
+
+
+def _window_products(a: Tensor, length: int) -> Tensor:
+    """Products over the `length` entries of axis 1 that end at each index >= `length`."""
+    size = a.shape[1]
+    product = torch.ones_like(a[:, : size - length])  # from entry i+1 on, for each i
+    power, covered = a[:, 1:], 0  # power: products of 2^k neighbours, by where they begin
+    for k in range(length.bit_length()):
+        if length >> k & 1:
+            product = product * power[:, covered : covered + size - length]
+            covered += 2**k
+        if length >> (k + 1):
+            power = power[:, : -(2**k)] * power[:, 2**k :]
+    return product
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """[batch rows channel d_state] as [batch channel d_state rows], rows contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
