@@ -12,6 +12,7 @@ import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig
 from smearlens.models.base import HookedModel
+from smearlens.models.mamba import Mamba, MambaConfig
 
 SIZES = {"d_vocab": 11, "d_model": 12, "n_heads": 3, "n_ctx": 13}
 FULL = {"residual": True, "norm": True, "mlp": True}
@@ -37,6 +38,12 @@ def attn_attn(name: str, **changes) -> Variant:
     return Variant(f"AttnAttn {name}", lambda: AttnAttn(config))
 
 
+def mamba(name: str, **changes) -> Variant:
+    sizes = {"d_vocab": 11, "d_model": 6, "d_state": 5, "n_ctx": 13, "n_layers": 1}
+    config = MambaConfig(**{**sizes, **changes})
+    return Variant(f"Mamba {name}", lambda: Mamba(config))
+
+
 VARIANTS = [
     conv_attn("bare"),
     conv_attn("sinusoidal", positions="sinusoidal", residual=True),
@@ -60,6 +67,12 @@ VARIANTS = [
     attn_attn("2 layers", n_layers=2, positions="sinusoidal"),
     attn_attn("2 layers, bare", n_layers=2, residual=False, positions=None),
     attn_attn("3 layers, full block", n_layers=3, positions="rotary", norm=True, mlp=True),
+    mamba("2 layers", n_layers=2),
+    mamba("zoh", rule="zoh", positions="sinusoidal"),
+    mamba("bilinear, tied", rule="bilinear", tied=True, expand=3),
+    mamba("one decay", a="minus-one", scale_delta=True, kernel_size=1),
+    mamba("constant delta", delta="constant", scan="sequential"),
+    mamba("positional delta", delta="position", scan="doubling", positions="learned"),
 ]
 
 

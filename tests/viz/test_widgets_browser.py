@@ -38,7 +38,7 @@ os.execv(sys.argv[3], sys.argv[3:])"""
 DRAWN = """new Promise(done => (function wait() {
   const all = [...document.querySelectorAll('.smearlens')];
   if (document.readyState == 'complete' && all.every(w => w.querySelector('sl-say')?.textContent))
-    requestAnimationFrame(() => setTimeout(() => done(performance.now())));
+    requestAnimationFrame(() => setTimeout(done));
   else setTimeout(wait, 2);
 })())"""
 
@@ -134,6 +134,7 @@ class Page:
         self.session = browser.send("Target.attachToTarget", targetId=target, flatten=True)
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.do(f"{domain}.enable")
+        self.do("Performance.enable", timeDomain="threadTicks")
         self.resize(width)
 
     def do(self, method, **params):
@@ -153,9 +154,14 @@ class Page:
         return answer["result"].get("value")
 
     def open(self, path):
-        """Returns the milliseconds from the start of navigation until all is drawn."""
+        """Returns the seconds of processor time that the tab has spent once all is drawn.
+
+        Not seconds of the clock, which tell how busy the machine is with other things.
+        """
         self.do("Page.navigate", url=path.as_uri())
-        return self.js(DRAWN)
+        self.js(DRAWN)
+        metrics = self.do("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def wait(self, event):
         while not any(e["method"] == event for e in self.browser.events[-1:]):
@@ -275,7 +281,7 @@ def one_of_each():
 @pytest.mark.parametrize("kind", one_of_each())
 def test_draws_in_two_seconds_and_survives_resizing(page, kind, tmp_path):
     path = one_of_each()[kind].save_html(tmp_path / "w.html")
-    assert page.open(path) <= 2000
+    assert 0 < page.open(path) <= 2
     widths = []
     for width in (800, 330, 800):
         page.resize(width)
@@ -296,7 +302,7 @@ def test_draws_in_two_seconds_and_survives_resizing(page, kind, tmp_path):
 def test_eight_heads_of_256_tokens_draw_in_a_second(page, tmp_path):
     widget = widgets.attention_heads(softmax_rows(8, 256, 256), names(256))
     path = widget.save_html(tmp_path / "w.html")
-    assert min(page.open(path) for _ in range(3)) <= 1000
+    assert 0 < page.open(path) <= 1
 
 
 def test_hostile_strings_stay_text(page, tmp_path):
@@ -431,7 +437,7 @@ def test_many_widgets_share_one_script_in_either_order(page, tmp_path):
     path = tmp_path / "w.html"
     for order in ([widgets.page_bundle(), *parts], [*parts, widgets.page_bundle()]):
         path.write_text("<!doctype html><body>" + "\n".join(order), "utf-8")
-        assert page.open(path) <= 4000
+        assert 0 < page.open(path) <= 4
         assert page.js("document.querySelectorAll('.smearlens sl-say').length") == len(parts)
         assert all(colours > 3 for colours in page.js(INKED))
 

@@ -31,8 +31,8 @@ class SSMMixing(Mixing):
     Rows come in blocks, each from the one before in O(rows · pos · d_state) per channel; a diagonal
     costs O(pos · d_state); a row at random O(pos · d_state) more than the next one.
 
-    Build with `from_delta`, which holds no [batch pos channel d_state] tensor, or `from_steps`. Rows
-    of all channels at once take [batch channel d_state pos] of memory; `channels` takes a part.
+    Build with `from_delta`, which holds no [batch pos channel d_state] tensor, or `from_steps`.
+    Rows of all channels at once need [batch channel d_state pos] of memory; `channels` takes a few.
 
     Source:
         Ali, Zimerman & Wolf 2024, "The Hidden Attention of Mamba Models", equation 11
@@ -175,7 +175,7 @@ class _Delta:
 
     @cached_property
     def elapsed(self) -> Tensor:
-        """Sum of delta up to each position; in float32 a short span late on would lose its digits."""
+        """Sum of delta up to each position; in float32, late spans would lose their digits."""
         return self.delta.double().cumsum(1)
 
     def channels(self, chosen: slice) -> _Delta:

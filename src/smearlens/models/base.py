@@ -53,7 +53,7 @@ class LensConfig:
     d_vocab: int
     n_ctx: int
     attn_only: bool  # no block has an MLP
-    normalization_type: str | None  # "LN", or None
+    normalization_type: str | None  # "LN", "RMS" or None
     device: torch.device
     dtype: torch.dtype
 
@@ -94,10 +94,11 @@ class HookedModel(HookedRootModule):
         weight = next(self.parameters())
         c = self.config
         attn_only = not any(name.endswith("hook_mlp_out") for name in self.hook_dict)
-        normed = any(isinstance(module, torch.nn.LayerNorm) for module in self.modules())
+        kinds = {torch.nn.LayerNorm: "LN", torch.nn.RMSNorm: "RMS"}
+        norms = [kinds[type(module)] for module in self.modules() if type(module) in kinds]
         return LensConfig(
             c.n_layers, c.n_heads, c.d_model, c.d_model // c.n_heads, c.d_vocab, c.n_ctx,
-            attn_only, "LN" if normed else None, weight.device, weight.dtype,
+            attn_only, norms[0] if norms else None, weight.device, weight.dtype,
         )  # fmt: skip
 
     @property
@@ -266,7 +267,7 @@ class HookedModel(HookedRootModule):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        weights = {name: t.detach().clone() for name, t in self.state_dict().items()}  # untied
         write_atomically(folder / "model.safetensors", save(weights))
         description = {
             "schema": SCHEMA,

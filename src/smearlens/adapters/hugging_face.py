@@ -1,0 +1,103 @@
+"""From Hugging Face models: a Mamba as ours, attention weights under our names.
+
+Needs `transformers` only in the caller's hands: nothing here imports it. Leaves out downloading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from smearlens.models.mamba import Mamba, MambaConfig
+
+
+def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
+    """A hookable `Mamba` with the weights of a `transformers.MambaForCausalLM`.
+
+    Args:
+        model: the model, as `MambaForCausalLM.from_pretrained(...)` or built from a config
+        n_ctx: longest sequence to accept; the weights set no limit
+
+    Returns:
+        our model in eval mode, equal in logits
+
+    Raises:
+        ValueError: for a model of another family, or a Mamba with sizes ours does not have
+    """
+    config = model.config
+    if getattr(config, "model_type", None) != "mamba":
+        raise ValueError(
+            f"from_hugging_face takes a MambaForCausalLM, got {type(model).__name__} "
+            f"(model_type {getattr(config, 'model_type', None)!r}); for attention models pass "
+            "outputs.attentions to attention_cache"
+        )
+    ours = Mamba(
+        MambaConfig(
+            d_vocab=config.vocab_size,
+            d_model=config.hidden_size,
+            n_layers=config.num_hidden_layers,
+            n_ctx=n_ctx,
+            kernel_size=config.conv_kernel,
+            expand=config.intermediate_size // config.hidden_size,
+            d_state=config.state_size,
+            tied=model.lm_head.weight is model.backbone.embeddings.weight,
+        )
+    )
+    _require("time_step_rank", config.time_step_rank, ours.config.dt_rank)
+    _require("hidden_act", config.hidden_act, "silu")
+    _require("use_conv_bias", config.use_conv_bias, True)
+    _require("use_bias", config.use_bias, False)
+    theirs = model.state_dict()
+    ours.load_state_dict(dict(_renamed(theirs, ours.config.n_layers)), strict=True)
+    norms = [ours.ln_final, *(block.get_submodule("ln1") for block in ours.blocks)]
+    for norm in norms:
+        norm.eps = config.layer_norm_epsilon  # pyrefly: ignore[missing-attribute]
+    return ours.eval()
+
+
+def attention_cache(attentions: Sequence[Tensor | None], *, part: str = "") -> dict[str, Tensor]:
+    """The attention weights a Hugging Face model returns, as a cache that every score accepts.
+
+    Args:
+        attentions: [batch head query key] per layer: `outputs.attentions` of a run with
+            `output_attentions=True`, the model loaded with `attn_implementation="eager"`
+        part: "encoder" or "decoder" for an encoder-decoder; "cross" for its cross attention
+
+    Returns:
+        names such as `blocks.0.attn.hook_pattern` to patterns
+    """
+    if part not in ("", "encoder", "decoder", "cross"):
+        raise ValueError(f"part must be '', 'encoder', 'decoder' or 'cross', got {part!r}")
+    given = [a for a in attentions if a is not None]
+    if not given or len(given) < len(attentions):
+        raise ValueError(
+            "attentions are missing: load the model with attn_implementation='eager' and call it "
+            "with output_attentions=True"
+        )
+    stem = {"": "blocks", "encoder": "encoder.blocks"}.get(part, "decoder.blocks")
+    kind = "cross_attn" if part == "cross" else "attn"
+    return {f"{stem}.{i}.{kind}.hook_pattern": a for i, a in enumerate(given)}
+
+
+def _renamed(theirs: dict[str, Tensor], n_layers: int):
+    """(our name, tensor) of every weight."""
+    yield "embed.weight", theirs["backbone.embeddings.weight"]
+    yield "unembed.weight", theirs["lm_head.weight"]
+    yield "ln_final.weight", theirs["backbone.norm_f.weight"]
+    for i in range(n_layers):
+        here, there = f"blocks.{i}", f"backbone.layers.{i}"
+        yield f"{here}.ln1.weight", theirs[f"{there}.norm.weight"]
+        kernel = theirs[f"{there}.mixer.conv1d.weight"][:, 0]
+        yield f"{here}.conv.weight", kernel.flip(-1)  # theirs correlates: the last tap is lag 0
+        yield f"{here}.conv.bias", theirs[f"{there}.mixer.conv1d.bias"]
+        for name in ("in_proj.weight", "out_proj.weight"):
+            yield f"{here}.{name}", theirs[f"{there}.mixer.{name}"]
+        for name in ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
+            yield f"{here}.ssm.{name}", theirs[f"{there}.mixer.{name}"]
+
+
+def _require(name: str, given: Any, needed: Any) -> None:
+    if given != needed:
+        raise ValueError(f"config.{name}={given!r} is not supported; this library has {needed!r}")
