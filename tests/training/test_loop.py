@@ -86,6 +86,9 @@ def test_the_files_of_a_run(make_model, data, tmp_path):
     assert steps == ["step-000000", "step-000005", "step-000010", "step-000012"]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["warmup"] == 3
     assert [row["step"] for row in result.log("metrics")] == list(range(12))
+    train(make_model(), data, config(checkpoint_every=5), out=tmp_path / "few")
+    few = [path.name for path in list_checkpoints(tmp_path / "few" / "checkpoints")]
+    assert few == steps[-2:]
     (timing,) = result.log("timing")
     assert timing["step"] == 12
     assert timing["tokens_per_second"] == pytest.approx(12 * 15 / timing["seconds"])
@@ -135,6 +138,15 @@ def test_the_caller_keeps_its_generators_modes_and_gradients_unset(make_model, d
     assert train(make_model(), data, config()).log("metrics") == result.log("metrics")
     other = train(make_model(), data, config(seed=1))
     assert other.log("metrics")[0]["loss"] != result.log("metrics")[0]["loss"]
+
+
+def test_gradients_from_before_do_not_count(make_model, data):
+    model = make_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert train(model, data, config()).log("metrics") == (
+        train(make_model(), data, config()).log("metrics")
+    )
 
 
 def test_bf16_trains_near_float32_and_leaves_the_model_as_it_was(make_model, data):

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_a_stopped_run_ends_like_one_that_never_was(make_model, data, tmp_path, 
     assert result.resumed_from == stops[-1] - stops[-1] % 4
     assert state(tmp_path / "parts") == state(tmp_path / "whole")
     assert [row["step"] for row in result.log("evaluation")] == [0, 3, 6, 9, 12, 15, 17]
+
+
+def test_a_plateau_goes_on_where_it_was(make_model, data, tmp_path):
+    plan = replace(CONFIG, schedule="plateau", eval_every=1, warmup=0)
+
+    def attempt(name, last):
+        evaluate = lambda model: {"loss": 1.0}  # noqa: E731
+        train(make_model(), data, plan, out=tmp_path / name, callbacks=[last], evaluate=evaluate)
+
+    attempt("whole", go_on)
+    with pytest.raises(StoppedError):
+        attempt("parts", stop_at(11))
+    attempt("parts", go_on)
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
 
 
 def test_leaving_out_the_random_state_is_noticed(make_model, data, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ class Tracker:
         if isinstance(self.at, frozenset):
             return step in self.at
         if self.at is None:
-            return step == steps or step in log_spaced(steps)
+            return step in log_spaced(steps)
         return step == steps or step % self.at == 0
 
     def __call__(self, moment: Moment) -> None:
