@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": {"models", "nn", "_hooks"},
     "causal": {"causal", "models.base", "analysis", "data", "_hooks"},
     "training": {"training", "models.base", "data", "analysis", "_hooks"},
-    "adapters": {"adapters", "analysis"},
+    "adapters": {"adapters", "analysis", "models"},  # weights become our models
     "viz": {"viz", "analysis"},
     "experiments": {
         "experiments", "viz", "training", "causal", "adapters", "models", "nn", "analysis", "data",
@@ -98,16 +98,25 @@ def allowed(module, names):
     return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
+def takes_the_version_only(tree):
+    """Whether `import smearlens` serves `smearlens.__version__` and nothing else."""
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "smearlens"
+    }
+    return used == {"__version__"}
+
+
 @every_source
 def test_imports_point_down(path):
     may = MAY_IMPORT[part(path)] | {ANYONE}
-    for node, module in imports(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node, module in imports(tree):
         if module.partition(".")[0] == "smearlens":
             target = module.removeprefix("smearlens").lstrip(".")
-            assert target, f"line {node.lineno}: import from the module that defines the name"
-            assert allowed(target, may), (
-                f"line {node.lineno}: {part(path)} must not import {target}"
-            )
+            here = f"line {node.lineno}: {part(path)} must not import {target or 'the package'}"
+            assert allowed(target, may) if target else takes_the_version_only(tree), here
 
 
 @every_source
@@ -133,7 +142,7 @@ def test_a_source_opens_by_saying_what_it_contains(path):
     said = ast.get_docstring(tree)
     assert said, "no docstring"
     assert isinstance(tree.body[0], ast.Expr)
-    assert said.split("\n")[0].endswith(".")
+    assert said.split("\n")[0].endswith((".", "?"))
     if path.name != "__init__.py" or len(tree.body) > 1:
         future = [n for n in tree.body if isinstance(n, ast.ImportFrom)][:1]
         assert [n.module for n in future] == ["__future__"]
@@ -162,7 +171,11 @@ def test_the_library_prints_nothing(path):
     assert path.name == "cli.py" or not {"print", "breakpoint", "input"} & set(called)
 
 
-@every_source
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if part(path) not in ("training", "experiments")],  # own a process
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_nothing_seeds_the_global_generators(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):

@@ -328,6 +328,14 @@ def test_row_blocks_put_together_are_the_rows_prepared_one_by_one(queries, cut, 
                 assert block.weights[b, h, q].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+def test_rows_are_taken_as_they_are_unless_keys_are_left_out():
+    """A pattern that a hook halved keeps its mass; only what was left out is made up for."""
+    pattern = torch.from_numpy(ref.random_pattern(0, 2, 3, 7))
+    torch.testing.assert_close(self_mass(pattern / 2), self_mass(pattern) / 2)
+    found, whole = (self_mass(p, exclude_bos=True) for p in (pattern / 2, pattern))
+    torch.testing.assert_close(found, whole)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 999), st.booleans())
 def test_renormalised_rows_sum_to_one_and_others_never_more(length, seed, renormalise):

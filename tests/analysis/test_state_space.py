@@ -172,18 +172,34 @@ def test_half_precision_caches_are_widened():
     torch.testing.assert_close(SSMMixing.from_steps(*low).dense(), exact.dense(), rtol=0, atol=0)
 
 
-def test_wrong_parts_are_named():
+@pytest.fixture
+def unchecked():
+    """Shapes unchecked, as for a user: the library's own messages must come."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def test_wrong_parts_are_named(unchecked):
     delta, A, B, C = tensors()
+    A_bar, B_bar = steps(delta, A, B, "mamba")
     with pytest.raises(ValueError, match=re.escape("['mamba', 'zoh', 'bilinear'], got 'euler'")):
         SSMMixing.from_delta(delta, A, B, C, "euler")
-    jaxtyping_config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(
-            ValueError, match=re.escape("C must be [batch pos d_state] = (2, 71, 5)")
-        ):
-            SSMMixing.from_delta(delta, A, B, C[:, :9])
-    finally:
-        jaxtyping_config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match=re.escape("C must be [batch pos d_state] = (2, 71, 5)")):
+        SSMMixing.from_delta(delta, A, B, C[:, :9])
+    for wrong in [(A[:2], B), (A[:, :3], B), (A, B[:, :9])]:
+        with pytest.raises(ValueError, match=re.escape("must go with delta (2, 71, 3), got (")):
+            SSMMixing.from_delta(delta, *wrong, C)
+    for wrong in [(A_bar[0], B_bar[0]), (A_bar[:, :9], B_bar), (A_bar[..., :3], B_bar)]:
+        with pytest.raises(ValueError, match=re.escape("must be [batch pos channel d_state]")):
+            SSMMixing.from_steps(*wrong, C)
+
+
+def test_a_cache_with_gradients_is_read_without_them():
+    delta, A, B, C = (x.requires_grad_() for x in tensors())
+    mixing = SSMMixing.from_delta(delta, A, B, C, "zoh")
+    assert not mixing.dense().requires_grad
+    assert not mixing.diagonal(3).requires_grad
 
 
 def bilinear_pair():
@@ -242,6 +258,14 @@ def test_memory_profile_equals_a_loop(masked):
     torch.testing.assert_close(short, memory_profile(A_bar, B_bar, mask=mask)[..., :5])
     with pytest.raises(ValueError, match=re.escape("max_lag must be in 0..22, got 23")):
         memory_profile(A_bar, B_bar, max_lag=23)
+
+
+def test_memory_of_half_precision_caches_is_in_float32():
+    A_bar, B_bar = (x.bfloat16() for x in bilinear_pair())
+    kept = retention(A_bar)
+    assert kept.dtype == half_life(A_bar).dtype == torch.float32
+    torch.testing.assert_close(kept, retention(A_bar.float()), rtol=0, atol=0)
+    assert memory_profile(A_bar, B_bar, max_lag=2).dtype == torch.float32
 
 
 def test_state_boundary_of_a_layer_that_stops_writing():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, audit
-from smearlens.causal.audit import count_targets, iid_floor, reads_future
+from smearlens.causal.audit import count_targets
+from smearlens.causal.leaks import iid_floor, reads_future
 from smearlens.data.synthetic import iid_tokens
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}

@@ -35,6 +35,7 @@ def test_the_first_bad_layer_is_named_with_step_and_checkpoint(make_model, data,
         train(model, data, CONFIG, out=tmp_path)
     error = raised.value
     assert (error.step, error.layer, error.checkpoint.name) == (5, "up", "step-000004")
+    assert [len(module._forward_hooks) for module in (model.embed, model.up)] == [0, 1]
     assert math.isnan(error.loss)
     message = str(error)
     for part in ("step 5: loss nan", "first bad layer 'up'", "step-000004", "skip_nonfinite=n"):
@@ -70,10 +71,12 @@ class Zeros:
 
 
 def test_a_bad_gradient_is_named_with_its_operation():
+    model = RootAtZero(3, 5)
     with pytest.raises(NonFiniteError) as raised:
-        train(RootAtZero(3, 5), Zeros(), CONFIG)
+        train(model, Zeros(), CONFIG)
     error = raised.value
     assert (error.step, error.loss, error.layer) == (0, 0.0, None)
+    assert error.parameter == "bias"  # behind the weight, so nearer to the loss
     assert not math.isfinite(error.grad_norm)
     assert "MulBackward0" in error.operation or "SqrtBackward0" in error.operation
     assert "gradient norm nan" in str(error)

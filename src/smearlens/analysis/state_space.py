@@ -29,7 +29,8 @@ class SSMMixing(Mixing):
 
     Exact: y_i[c] = Σ_j M[c, i, j] u_j[c], where u is the input after convolution and activation.
     Rows come in blocks, each from the one before in O(rows · pos · d_state) per channel; a diagonal
-    costs O(pos · d_state); a row at random O(pos · d_state) more than the next one.
+    costs O(pos · d_state); a row at random O(pos · d_state) more than the next one. No gradient
+    flows through it.
 
     Build with `from_delta`, which holds no [batch pos channel d_state] tensor, or `from_steps`.
     Rows of all channels at once need [batch channel d_state pos] of memory; `channels` takes a few.
@@ -42,7 +43,7 @@ class SSMMixing(Mixing):
     signed = True
 
     def __init__(self, steps: _Delta | _Pair, C: Float[Tensor, "batch pos d_state"]):
-        self._steps, self._C = steps, _wide(C)
+        self._steps, self._C = steps, C
         self.n_examples, self.n_queries, self.n_heads, self._d_state = steps.shape
         self.n_keys = self.n_queries
         wanted = (self.n_examples, self.n_queries, self._d_state)
@@ -56,7 +57,17 @@ class SSMMixing(Mixing):
         B_bar: Float[Tensor, "batch pos channel d_state"],
         C: Float[Tensor, "batch pos d_state"],
     ) -> SSMMixing:
-        """From the pair that the layer used: what `hook_A_bar`, `hook_B_bar`, `hook_C` cache."""
+        """From the pair that the layer used: what `hook_A_bar`, `hook_B_bar`, `hook_C` cache.
+
+        Raises:
+            ValueError: if the shapes disagree
+        """
+        A_bar, B_bar, C = _plain(A_bar, B_bar, C)
+        if B_bar.ndim != 4 or A_bar.shape not in (B_bar.shape, (*B_bar.shape[:3], 1)):
+            raise ValueError(
+                "A_bar and B_bar must be [batch pos channel d_state] (A_bar may have d_state 1), "
+                f"got {tuple(A_bar.shape)} and {tuple(B_bar.shape)}"
+            )
         return cls(_Pair(A_bar, B_bar), C)
 
     @classmethod
@@ -71,8 +82,19 @@ class SSMMixing(Mixing):
         """From what the layer discretised, by `rule` "mamba", "zoh" or "bilinear".
 
         Raises:
-            ValueError: if there is no such rule
+            ValueError: if there is no such rule, or the shapes disagree
         """
+        delta, A, B, C = _plain(delta, A, B, C)
+        batch, pos, channel = delta.shape
+        if (
+            A.shape[0] != channel
+            or B.shape[:2] != (batch, pos)
+            or A.shape[1] not in (1, B.shape[2])
+        ):
+            raise ValueError(
+                f"A [channel d_state or 1] and B [batch pos d_state] must go with delta "
+                f"{tuple(delta.shape)}, got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
         return cls(_Delta(delta, A, B, rule), C)
 
     def channels(self, start: int, stop: int) -> SSMMixing:
@@ -156,12 +178,12 @@ class _Pair:
 
     def at(self, positions: slice) -> tuple[Tensor, Tensor]:
         """A_bar and B_bar there, [batch pos channel d_state]."""
-        return _wide(self.A_bar[:, positions]), _wide(self.B_bar[:, positions])
+        return self.A_bar[:, positions], self.B_bar[:, positions]
 
     def window(self, n: int, lag: int) -> tuple[Tensor, Tensor]:
         """Of state n: the decay over the `lag` steps that end at each i >= lag, and B_bar."""
-        a = _wide(self.A_bar[..., min(n, self.A_bar.shape[-1] - 1)])
-        return _window_products(a, lag), _wide(self.B_bar[..., n])
+        a = self.A_bar[..., min(n, self.A_bar.shape[-1] - 1)]
+        return _window_products(a, lag), self.B_bar[..., n]
 
 
 class _Delta:
@@ -170,7 +192,7 @@ class _Delta:
     def __init__(self, delta: Tensor, A: Tensor, B: Tensor, rule: str):
         if rule not in FACTORS:
             raise ValueError(f"rule must be one of {list(FACTORS)}, got {rule!r}")
-        self.delta, self.A, self.B, self.rule = _wide(delta), _wide(A), _wide(B), rule
+        self.delta, self.A, self.B, self.rule = delta, A, B, rule
         self.shape = (*delta.shape, B.shape[-1])
 
     @cached_property
@@ -250,6 +272,9 @@ def _by_channel(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cut from autograd, in their common dtype, at least float32."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.detach().to(dtype) for x in tensors)

@@ -61,8 +61,7 @@ def half_life(
     Args:
         A_bar: decays per step, of modulus at most 1 (as under every rule, for A <= 0)
     """
-    columns = [_half_life(column.double()) for column in _moduli(A_bar).unbind(-1)]
-    return torch.stack(columns, -1).to(_moduli(A_bar).dtype)
+    return torch.stack([_half_life(column) for column in _moduli(A_bar).unbind(-1)], -1)
 
 
 def memory_profile(
@@ -160,7 +159,7 @@ def _half_life(a: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch po
         enough = kept * product >= 0.5
         kept = torch.where(enough, kept * product, kept)
         lag += 2**k * enough
-    return torch.where(position + lag + 1 < length, lag + 1.0, torch.inf)
+    return torch.where(position + lag < length, lag + 1.0, torch.inf).to(a.dtype)
 
 
 def _masked_mean(

@@ -131,11 +131,17 @@ def smearing(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, 
             str(lag): float(value.detach().nanmean(0).max())
             for lag, value in sorted(evidence.items())
         }
+    found["without_lags"] = _without_lags(model, tokens)
+    return found
+
+
+def _without_lags(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, Any]:
+    """Accuracy when Q, K, V, or all of them lose what lags carry."""
     generator = torch.Generator().manual_seed(0)
-    found["without_lags"] = {}
+    found = {}
     for roles in ROLES:
         effect = role_without_lags(model, tokens, roles, generator=generator)
-        found["without_lags"][roles] = {
+        found[roles] = {
             "accuracy": float(effect.changed.nanmean()),
             "effect": effect.mean(),
             "interval": list(effect.interval()),

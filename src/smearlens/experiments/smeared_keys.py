@@ -190,11 +190,6 @@ def tasks(config: CompareConfig) -> dict[str, Task]:
     def text_curve(model: Any) -> dict[str, float]:
         return {"loss": float(model(windows, return_type="loss"))}
 
-    def source(period: int | tuple[int, int]) -> Any:
-        return lambda seed: RepeatBatches(
-            batch_size=32, period=period, length=LENGTH, d_vocab=D_VOCAB, seed=seed
-        )
-
     return {
         "repeats": Task(source(PERIODS), measures.repeats_curve(tokens), on_repeats),
         "fixed": Task(source(FIXED_PERIOD), measures.repeats_curve(fixed), on_fixed),
@@ -204,6 +199,11 @@ def tasks(config: CompareConfig) -> dict[str, Task]:
             on_text,
         ),
     }
+
+
+def source(period: int | tuple[int, int]) -> Any:
+    """A function from a seed to batches of repeats."""
+    return lambda seed: RepeatBatches(32, period, LENGTH, D_VOCAB, seed)
 
 
 def text_tokens() -> tuple[torch.Tensor, torch.Tensor]:

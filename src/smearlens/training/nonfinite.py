@@ -78,7 +78,7 @@ def find_origin(
     finally:
         for handle in handles:
             handle.remove()
-    error.layer = bad[0] if bad else None
+    error.layer = next(iter(bad), None)
     error.parameter = _bad_parameter(model)
     return error
 

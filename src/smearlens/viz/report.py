@@ -1,22 +1,21 @@
 """The report of the main job: one self-contained page, its figures, its tables.
 
-Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring and
-judging.
+Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring,
+judging, and the pieces every page is made of (`viz.page`).
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from smearlens._files import write_atomically
-from smearlens.analysis.stats import Estimate, over_seeds
-from smearlens.viz import plots
+from smearlens.analysis.stats import over_seeds
+from smearlens.viz import page, plots
 from smearlens.viz.widgets import page_bundle
 
 Study = dict[str, Any]
@@ -31,12 +30,12 @@ def write_compare_report(study: Study, out: Path) -> Path:
     """Write `report.html`, `figures/*.png` and `tables/*.md` of a comparison; returns the page."""
     (out / "figures").mkdir(exist_ok=True)
     (out / "tables").mkdir(exist_ok=True)
-    pictures = {name: _png(draw, study) for name, draw in FIGURES.items()}
+    pictures = {name: page.png(partial(draw, study=study)) for name, draw in FIGURES.items()}
     for name, picture in pictures.items():
         write_atomically(out / "figures" / f"{name}.png", picture)
     tables = {name: make(study) for name, make in TABLES.items()}
     for name, rows in tables.items():
-        write_atomically(out / "tables" / f"{name}.md", _markdown(rows))
+        write_atomically(out / "tables" / f"{name}.md", page.markdown(rows))
     write_atomically(out / "report.html", _page(study, pictures, tables))
     return out / "report.html"
 
@@ -197,14 +196,12 @@ def draw_roles(figure: Any, study: Study) -> None:
     plots.draw_bars(figure.subplots(), groups, ylabel="accuracy on repeats (fraction)")
 
 
-FIGURES: dict[str, Callable[[Any, Study], None]] = {
+FIGURES: dict[str, Callable[..., None]] = {
     "learning": draw_accuracy,
     "stripes": draw_stripes,
     "roles": draw_roles,
     "kernels": draw_kernels,
 }
-
-# Page ------------------------------------------------------------------------------------------
 
 SECTIONS = (
     ("Does the convolution do what a previous-token head does?", "models", "learning",
@@ -225,106 +222,30 @@ SECTIONS = (
     ("Text", "text", None, "Tiny Shakespeare, characters, nanoGPT's 90 / 10 split."),
 )  # fmt: skip
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2329;--soft:#5b6770;--line:#d9dee3;--card:#f6f8fa;--bg:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e3e8ec;--soft:#9aa3ab;--line:#333b43;--card:#1b2127;
---bg:#12161a}img{background:#fff;border-radius:4px}}
-body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:1060px;
-margin:2rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;
-margin-top:2.4rem}p.lead,figcaption,.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;
-font-size:13px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.35rem .6rem;
-border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th{font-weight:600;color:var(--soft)}
-.scroll{overflow-x:auto}img{max-width:100%}figure{margin:1rem 0}.claim{background:var(--card);
-border:1px solid var(--line);border-left:5px solid var(--c);border-radius:4px;padding:.7rem 1rem;
-margin:.8rem 0}.claim b.v{color:var(--c);text-transform:uppercase;font-size:.8rem;
-letter-spacing:.04em}.supported{--c:#2e8b57}.refuted{--c:#c8553d}.undecided{--c:#b8860b}
-.claim ul{margin:.4rem 0 0;padding-left:1.1rem;font-size:13px}details>summary{cursor:pointer;
-color:var(--soft);font-size:13px}pre{background:var(--card);padding:.8rem;overflow-x:auto;
-font-size:12px}
-"""
-
 
 def _page(study: Study, pictures: dict[str, bytes], tables: dict[str, list[list[str]]]) -> str:
-    seeds = study["config"]["seeds"]
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>smearlens: smeared keys</title><style>{STYLE}</style></head><body>",
         "<h1>Does a convolution before attention do what a previous-token head does?</h1>",
-        f"<p class='lead'>{seeds} seeds per model; intervals are 95 % (Student's t over seeds). "
-        f"{html.escape(study['recipe'])}.</p>",
+        f"<p class='lead'>{study['config']['seeds']} seeds per model; intervals are 95 % "
+        f"(Student's t over seeds). {html.escape(study['recipe'])}.</p>",
         "<h2>Claims and verdicts</h2>",
-        *(_claim(verdict) for verdict in study["verdicts"]),
+        *(page.claim_box(verdict) for verdict in study["verdicts"]),
     ]
     for title, table, picture, text in SECTIONS:
         parts.append(f"<h2>{html.escape(title)}</h2><p class='soft'>{html.escape(text)}</p>")
         if picture is not None:
-            data = base64.b64encode(pictures[picture]).decode()
-            parts.append(
-                f"<figure><img alt='{html.escape(title)}' src='data:image/png;base64,{data}'>"
-                "</figure>"
-            )
+            parts.append(page.picture(pictures[picture], title))
         if table is not None:
-            parts.append(_table(tables[table]))
+            parts.append(page.table(tables[table]))
         if picture == "stripes":
             parts += [page_bundle(), head_maps(study)]
     settings = {key: study[key] for key in ("command", "config", "versions", "seconds")}
     parts.append(
         "<h2>To run it again</h2>"
         f"<pre>{html.escape(study['command'] or 'smearlens compare')}</pre>"
-        f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre></body></html>"
+        f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"
     )
-    return "\n".join(parts)
-
-
-def _claim(verdict: dict[str, Any]) -> str:
-    claim = verdict["claim"]
-    items = "".join(
-        f"<li>{'causal' if f['causal'] else 'correlational'} · {html.escape(f['label'])}: "
-        f"{Estimate(**f['estimate'])}</li>"
-        for f in verdict["findings"]
-    )
-    return (
-        f"<div class='claim {verdict['outcome']}'><b class='v'>{verdict['outcome']}</b> "
-        f"claim {claim['number']}: “{html.escape(claim['statement'])}”"
-        f"<p>{html.escape(verdict['because'])}</p>"
-        f"<details><summary>the test, and {len(verdict['findings'])} numbers behind the verdict"
-        f"</summary><p class='soft'>{html.escape(claim['test'])}</p><ul>{items}</ul></details>"
-        "</div>"
-    )
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
-    )
-    return (
-        f"<div class='scroll'><table><thead><tr>{cells}</tr></thead>"
-        f"<tbody>{lines}</tbody></table></div>"
-    )
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _png(draw: Callable[[Any, Study], None], study: Study) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure, study)
-    for ax in figure.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return page.frame("smearlens: smeared keys", parts)
 
 
 def _variants(study: Study, task: str) -> list[tuple[str, list[dict[str, Any]]]]:

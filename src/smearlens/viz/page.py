@@ -1,0 +1,105 @@
+"""Pieces of a self-contained page: style, frame, verdicts, tables, pictures.
+
+Leaves out what a report says (`viz.report`).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from typing import Any
+
+from smearlens.analysis.stats import Estimate
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2329;--soft:#5b6770;--line:#d9dee3;--card:#f6f8fa;--bg:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e3e8ec;--soft:#9aa3ab;--line:#333b43;--card:#1b2127;
+--bg:#12161a}img{background:#fff;border-radius:4px}}
+body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:1060px;
+margin:2rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;
+margin-top:2.4rem}p.lead,figcaption,.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;
+font-size:13px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.35rem .6rem;
+border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th{font-weight:600;color:var(--soft)}
+.scroll{overflow-x:auto}img{max-width:100%}figure{margin:1rem 0}.claim{background:var(--card);
+border:1px solid var(--line);border-left:5px solid var(--c);border-radius:4px;padding:.7rem 1rem;
+margin:.8rem 0}.claim b.v{color:var(--c);text-transform:uppercase;font-size:.8rem;
+letter-spacing:.04em}.supported{--c:#2e8b57}.refuted{--c:#c8553d}.undecided{--c:#b8860b}
+.claim ul{margin:.4rem 0 0;padding-left:1.1rem;font-size:13px}details>summary{cursor:pointer;
+color:var(--soft);font-size:13px}pre{background:var(--card);padding:.8rem;overflow-x:auto;
+font-size:12px}
+"""
+
+
+def frame(title: str, body: list[str]) -> str:
+    """A whole HTML document that asks the network for nothing."""
+    return "\n".join(
+        [
+            "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+            *body,
+            "</body></html>",
+        ]
+    )
+
+
+def picture(data: bytes, text: str) -> str:
+    """A PNG inside the page, with its description."""
+    source = base64.b64encode(data).decode()
+    return f"<figure><img alt='{html.escape(text)}' src='data:image/png;base64,{source}'></figure>"
+
+
+def claim_box(verdict: dict[str, Any]) -> str:
+    """A verdict with its statement, reason, test and numbers."""
+    claim = verdict["claim"]
+    items = "".join(
+        f"<li>{'causal' if f['causal'] else 'correlational'} · {html.escape(f['label'])}: "
+        f"{Estimate(**f['estimate'])}</li>"
+        for f in verdict["findings"]
+    )
+    return (
+        f"<div class='claim {verdict['outcome']}'><b class='v'>{verdict['outcome']}</b> "
+        f"claim {claim['number']}: “{html.escape(claim['statement'])}”"
+        f"<p>{html.escape(verdict['because'])}</p>"
+        f"<details><summary>the test, and {len(verdict['findings'])} numbers behind the verdict"
+        f"</summary><p class='soft'>{html.escape(claim['test'])}</p><ul>{items}</ul></details>"
+        "</div>"
+    )
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as an HTML table, the first one its head."""
+    head, *body = rows
+    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
+    )
+    return (
+        f"<div class='scroll'><table><thead><tr>{cells}</tr></thead>"
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows as a Markdown table, the first one its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def png(draw: Callable[[Any], None]) -> bytes:
+    """The picture that `draw` puts on a matplotlib Figure, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
