@@ -74,13 +74,15 @@ def test_the_next_block_cannot_reach_into_the_cached_output_of_the_last(deep):
     assert not cache["blocks.1.hook_resid_pre"].any()
 
 
-def test_a_cache_does_not_follow_the_weights(small):
-    _, cache = small.run_with_cache(TOKENS)
+@every_model
+def test_a_cache_does_not_follow_the_weights(variant, model):
+    _, cache = model.run_with_cache(variant.tokens)
     before = {name: tensor.clone() for name, tensor in cache.items()}
     with torch.no_grad():
-        for parameter in small.parameters():
+        for parameter in model.parameters():
             parameter.add_(1)
-    assert all(torch.equal(cache[name], tensor) for name, tensor in before.items())
+    for name, tensor in before.items():
+        assert torch.equal(cache[name], tensor), name
 
 
 def test_cached_gradients_do_not_follow_a_second_backward(small):

@@ -1,0 +1,1 @@
+"""What the documentation is made with: sources to cells, cells to outputs, outputs to Markdown."""

@@ -1,0 +1,56 @@
+"""Cells and their outputs as Markdown; figures become files beside the page.
+
+Leaves out running them (`sitegen.execute`).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sitegen.cells import Cell
+
+
+def to_markdown(cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: Path) -> str:
+    """The page, and its figures written as `{page.stem}-{n}.png` into the folder of `page`."""
+    figures: list[Path] = []
+    parts = []
+    for cell, shown in zip(cells, outputs, strict=True):
+        if cell.kind == "markdown":
+            parts.append(cell.source)
+            continue
+        if cell.kind != "show":
+            parts.append(f"```python\n{cell.source}\n```")
+        parts += [_output(output, page, figures) for output in shown]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _output(output: Any, page: Path, figures: list[Path]) -> str:
+    if output["output_type"] == "stream":
+        return _text(output["text"])
+    data = output["data"]
+    if "smearlens" in data.get("text/html", "")[:30]:
+        return _widget(data["text/html"])
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if "image/png" in data:
+        figures.append(page.with_name(f"{page.stem}-{len(figures) + 1}.png"))
+        image = data["image/png"]
+        content = base64.b64decode(image) if isinstance(image, str) else image
+        figures[-1].write_bytes(content)
+        return f"![Figure of the code above]({figures[-1].name}){{ .figure }}"
+    return _text(data["text/plain"])
+
+
+def _text(text: str) -> str:
+    fence = "````" if "```" in text else "```"
+    return f"{fence} {{ .text .output }}\n{text.rstrip()}\n{fence}"
+
+
+def _widget(html: str) -> str:
+    """A widget on a page that has the script already."""
+    from smearlens.viz.widgets import page_bundle
+
+    return html.removesuffix(page_bundle())
