@@ -30,9 +30,9 @@ _HOMES = {
     "smearlens.analysis.mixing": ("Mixing", "mixings"),
     "smearlens.analysis.scores": ("Scores",),
     "smearlens.analysis.heads": (
-        "alignment_mass", "duplicate_token_score", "induction_score", "prefix_matching_score",
-        "prev_token_score", "stripe_score",
+        "duplicate_token_score", "induction_score", "prefix_matching_score", "prev_token_score",
     ),
+    "smearlens.analysis.detection": ("alignment_mass", "stripe_score"),
     "smearlens.analysis.patterns": (
         "attention_entropy", "attention_span", "future_mass", "head_diversity", "lag_profile",
         "self_mass", "sink_mass",

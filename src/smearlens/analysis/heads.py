@@ -1,8 +1,9 @@
-"""Scores of heads by where they look: previous token, duplicate, induction, prefix, stripe.
+"""Scores of heads by where they look: previous token, duplicate, induction, prefix matching.
 
 Each is the mean, over the rows where its target exists, of the weight on the target. Given a cache
-it returns `Scores`; given one pattern tensor, the values [example head]. Leaves out statistics that
-have no target (`analysis.patterns`) and how rows are read (`analysis.rows`).
+it returns `Scores`; given one pattern tensor, the values [example head]. Leaves out targets that
+the caller gives (`analysis.detection`), statistics without a target (`analysis.patterns`) and how
+rows are read (`analysis.rows`).
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def prefix_matching_score(
         }  # fmt: skip
     if aggregate not in ("sum", "mean"):
         raise ValueError(f"aggregate must be 'sum' or 'mean', got {aggregate!r}")
-    tokens = _checked_tokens(tokens)
+    tokens = checked_tokens(tokens)
 
     def weight_at(given: Tensor) -> RowFunction:
         targets = _earlier(given, offset, include_boundary)
@@ -165,99 +166,6 @@ def prefix_matching_score(
 
     control = weight_at(tokens.roll(1, 0)) if tokens.shape[0] > 1 else None
     return measure(source, Metric(name, weight_at(tokens), control), RowOptions(**options))
-
-
-def stripe_score(
-    source: Any,
-    detection: Bool[Tensor, "query key"] | Bool[Tensor, "batch query key"],
-    *,
-    normalise_by: Literal["row", "mul", "abs"] = "row",
-    **options: Any,
-) -> Any:
-    """Agreement of the weights with a detection pattern D of zeros and ones.
-
-    Args:
-        source: a cache, or a pattern [batch head query key]
-        detection: True where the head should look
-        normalise_by: "row": mean over rows with a detected key of the detected weight; "mul":
-            Σ A·D / Σ A; "abs": 1 - mean over rows of Σ |A - D|. The last two count every row, so
-            that a perfect induction head on two repeats reaches 0.5 only: read `.maximum`
-        **options: fields of `RowOptions`
-
-    Source:
-        TransformerLens `head_detector.detect_head`
-    """
-    if normalise_by not in ("row", "mul", "abs"):
-        raise ValueError(f"normalise_by must be 'row', 'mul' or 'abs', got {normalise_by!r}")
-    if detection.dtype != torch.bool:
-        raise TypeError(f"detection must be a bool tensor, got {detection.dtype}; use .bool()")
-    wanted = detection if detection.ndim == 3 else detection[None]
-
-    def target(block: RowBlock) -> Tensor:
-        size = [block.n_queries, block.weights.shape[-1]]
-        if list(wanted.shape[1:]) != size or not _same_batch(wanted, block):
-            raise ValueError(
-                f"detection {list(detection.shape)} does not fit patterns of {size} queries and "
-                "keys; give [query key], or [batch query key] with one for each example"
-            )
-        return wanted[:, None, block.start : block.start + block.weights.shape[-2]] & block.allowed
-
-    def value(block: RowBlock) -> tuple[Tensor, Tensor]:
-        weight, some = block.at(target(block))
-        if normalise_by == "abs":
-            weight = 1 - (block.weights - target(block).to(block.weights.dtype)).abs().sum(-1)
-        return weight, some if normalise_by == "row" else torch.ones_like(some)
-
-    def mass(block: RowBlock) -> Tensor:
-        return block.weights.sum(-1)
-
-    def ceiling(block: RowBlock) -> Tensor:
-        count = target(block).sum(-1)
-        if normalise_by == "abs":
-            return torch.where(count > 1, 2 - count, count)
-        return mass(block) * (count > 0) if normalise_by == "mul" else count > 0
-
-    divisor = mass if normalise_by == "mul" else None
-    metric = Metric(f"stripe_score({normalise_by})", value, ceiling=ceiling, divisor=divisor)
-    return measure(source, metric, RowOptions(**options))
-
-
-def alignment_mass(
-    source: Any,
-    alignment: Int[Tensor, "*batch query"],
-    *,
-    shift: int = 0,
-    accuracy: bool = False,
-    **options: Any,
-) -> Any:
-    """Mean weight of cross attention on the source position that belongs to each target position.
-
-    Args:
-        source: a cache, or a pattern [batch head query key]
-        alignment: source index per target position, -1 where there is none
-        shift: added to the alignment
-        accuracy: the fraction of rows whose largest weight lies there, instead of the weight; a
-            tie counts in parts, so that chance is 1 / (number of keys)
-        **options: fields of `RowOptions`
-    """
-    alignment = _checked_tokens(alignment, "alignment")
-
-    def value(block: RowBlock) -> tuple[Tensor, Tensor]:
-        if alignment.shape[1] != block.n_queries or not _same_batch(alignment, block):
-            raise ValueError(
-                f"alignment {list(alignment.shape)} does not fit a pattern of {len(block.weights)} "
-                f"examples and {block.n_queries} queries; give one source index per query"
-            )
-        index = alignment[:, block.start : block.start + block.weights.shape[-2], None]
-        here = ((block.key == index + shift) & (index >= 0))[:, None]
-        mass, some = block.at(here)
-        if not accuracy:
-            return mass, some
-        top = block.weights == block.weights.amax(-1, keepdim=True)
-        return (top & here).sum(-1) / top.sum(-1), some
-
-    name = "alignment_accuracy" if accuracy else "alignment_mass"
-    return measure(source, Metric(name, value), RowOptions(**options))
 
 
 def _earlier(tokens: Int[Tensor, "batch pos"], offset: int, include_boundary: bool) -> Targets:
@@ -289,7 +197,7 @@ def _arrival_seen(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]
 
 def _diagonal_score(source: Any, tokens: Int[Tensor, "*batch pos"], options: dict) -> Any:
     """Mean of every entry of the diagonal of lag T - 1."""
-    tokens = _checked_tokens(tokens)
+    tokens = checked_tokens(tokens)
     period = common_period(tokens)
 
     def value(block: RowBlock) -> tuple[Tensor, Tensor]:
@@ -316,7 +224,7 @@ def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
     )
 
 
-def _checked_tokens(tokens: Any, name: str = "tokens") -> Int[Tensor, "batch pos"]:
+def checked_tokens(tokens: Any, name: str = "tokens") -> Int[Tensor, "batch pos"]:
     """Tokens as [batch pos] on the CPU."""
     whole = isinstance(tokens, Tensor) and not tokens.dtype.is_floating_point
     if not whole or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
@@ -325,7 +233,7 @@ def _checked_tokens(tokens: Any, name: str = "tokens") -> Int[Tensor, "batch pos
     return (tokens if tokens.ndim == 2 else tokens[None]).cpu()
 
 
-def _same_batch(given: Tensor, block: RowBlock) -> bool:
+def same_batch(given: Tensor, block: RowBlock) -> bool:
     """Whether what came with the pattern has its examples, or either is the same for all."""
     return 1 in (len(given), len(block.weights)) or len(given) == len(block.weights)
 

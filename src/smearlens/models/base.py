@@ -94,7 +94,7 @@ class HookedModel(HookedRootModule):
         weight = next(self.parameters())
         c = self.config
         attn_only = not any(name.endswith("hook_mlp_out") for name in self.hook_dict)
-        kinds = {torch.nn.LayerNorm: "LN", torch.nn.RMSNorm: "RMS"}
+        kinds: dict[type, str] = {torch.nn.LayerNorm: "LN", torch.nn.RMSNorm: "RMS"}
         norms = [kinds[type(module)] for module in self.modules() if type(module) in kinds]
         return LensConfig(
             c.n_layers, c.n_heads, c.d_model, c.d_model // c.n_heads, c.d_vocab, c.n_ctx,

@@ -21,8 +21,8 @@ class NonFiniteError(Exception):
         step: updates made before
         layer: the first module or hook, in the order of the forward pass, whose output is not
             finite; None if all are
-        parameter: the first parameter that is not finite, else the one nearest to the loss whose
-            gradient is not; None if there is none
+        parameter: the first parameter that is not finite; else, if every layer's output is, the one
+            nearest to the loss whose gradient is not; else None
         operation: torch's name for the first backward operation that went wrong; None if none did
         checkpoint: the last good one; None if the run keeps none
     """
@@ -57,9 +57,12 @@ def find_origin(
 
     Args:
         error: to be completed
-        model: as it was before the update; its gradients are lost
+        model: its weights before the update, with the gradients that failed; they are lost
         losses: the loss of each batch of the update, computed anew
     """
+    parameters = list(model.named_parameters())
+    weights = [name for name, p in parameters if not _finite(p)]
+    gradients = [name for name, p in parameters if p.grad is not None and not _finite(p.grad)]
     bad: list[str] = []
     masked = "hook_attn_scores"  # -inf there hides a key from a query
 
@@ -79,7 +82,7 @@ def find_origin(
         for handle in handles:
             handle.remove()
     error.layer = next(iter(bad), None)
-    error.parameter = _bad_parameter(model)
+    error.parameter = next(iter(weights), None if bad else next(reversed(gradients), None))
     return error
 
 
@@ -97,13 +100,6 @@ def _backward(losses: Callable[[], Iterable[Tensor]]) -> str | None:
                     raise
                 found = str(problem).rstrip(".")
     return found
-
-
-def _bad_parameter(model: nn.Module) -> str | None:
-    parameters = list(model.named_parameters())
-    weights = [name for name, p in parameters if not _finite(p)]
-    gradients = [name for name, p in parameters if p.grad is not None and not _finite(p.grad)]
-    return next(iter(weights + gradients[::-1]), None)
 
 
 def _finite(tensor: Tensor, masked: bool = False) -> bool:

@@ -107,20 +107,8 @@ def attention(
 ) -> Widget:
     """Maps from queries to keys, with lags where both are the same tokens."""
     heads, queries, keys = values.shape[1:]
-    query_tokens, key_tokens = token_lists
-    rows = check_tokens("query_tokens", query_tokens, queries, "query")
-    cross = key_tokens is not None
-    if cross:
-        cols = check_tokens("key_tokens", key_tokens, keys, "key")
-        strips = [{"queries": True, "word": "query tokens"}, {"keys": True, "word": "key tokens"}]
-    elif queries != keys:
-        raise ValueError(
-            f"pattern has {queries} queries and {keys} keys; pass key_tokens for cross attention"
-        )
-    else:
-        cols = None
-        word = "hover a token: its attention to the others"
-        strips = [{"queries": True, "keys": True, "word": word}]
+    rows, cols, strips = _axes(queries, keys, *token_lists)
+    cross = cols is not None
     _check_mask(values, mask)
     if normalised:
         _check_row_sums(values)
@@ -139,6 +127,24 @@ def attention(
         notes=None if cross else _peaks(values, mask),
     )
     return build(kind, values, look, view)
+
+
+def _axes(
+    queries: int, keys: int, query_tokens: Sequence[str], key_tokens: Sequence[str] | None
+) -> tuple[list[str], list[str] | None, list[dict[str, Any]]]:
+    """Row names, column names (None: the rows') and the token strips to hover."""
+    rows = check_tokens("query_tokens", query_tokens, queries, "query")
+    if key_tokens is not None:
+        cols = check_tokens("key_tokens", key_tokens, keys, "key")
+        return rows, cols, [
+            {"queries": True, "word": "query tokens"}, {"keys": True, "word": "key tokens"}
+        ]  # fmt: skip
+    if queries != keys:
+        raise ValueError(
+            f"pattern has {queries} queries and {keys} keys; pass key_tokens for cross attention"
+        )
+    word = "hover a token: its attention to the others"
+    return rows, None, [{"queries": True, "keys": True, "word": word}]
 
 
 def names(name: str, labels: Sequence[str] | None, count: int, word: str) -> list[str]:
