@@ -45,7 +45,7 @@ def trained(steps, period=(8, 20), **changes):
 
 
 models = {
-    "attention alone": trained(300, conv_on=None),
+    "attention alone": trained(200, conv_on=None),
     "convolution": trained(400, residual=True),
     "smeared keys": trained(300, conv_on=None, smear=True),
 }
@@ -165,7 +165,7 @@ assert audit(models["convolution"]).passed
 # learned to look 15 back.
 
 # %%
-positional = trained(400, period=16, conv_on=None)
+positional = trained(300, period=16, conv_on=None)
 same_period = repeated_tokens(64, 16, 48, 64, torch.Generator().manual_seed(3))
 for name, given in {"period 16": same_period, "periods 8 to 20": tokens}.items():
     with torch.no_grad():

@@ -75,7 +75,7 @@ assert torch.allclose(a, b, atol=1e-6)
 # induction head without any training.
 
 # %%
-from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens import HookedRootModule, HookPoint
 
 
 class PlantedAttention(nn.Module):

@@ -34,8 +34,127 @@ from smearlens.analysis.states import half_life, memory_profile, retention
 from smearlens.viz.plots import draw_kernel_profile
 from smearlens.viz.widgets import attention_heads, delta_strip, state_map
 
+
 torch.manual_seed(0)
-model = Mamba.from_preset("cpu", d_model=32, d_state=8)
-data = RepeatBatches(batch_size=32, period=(4, 6), length=24, d_vocab=16, seed=0)
-result = train(model, data, TrainConfig(steps=STEPS, lr=1e-2, warmup=40))
+model = Mamba.from_preset("cpu", d_vocab=16, d_model=32, d_state=8, kernel_size=2, n_ctx=24)
+data = RepeatBatches(batch_size=32, period=(4, 8), length=24, d_vocab=16, seed=0)
+train(model, data, TrainConfig(steps=400, lr=1e-2, warmup=40))
 model.eval()
+
+tokens = repeated_tokens(64, (4, 8), 24, 16, torch.Generator().manual_seed(1))
+with torch.no_grad():
+    logits, cache = model.run_with_cache(tokens)
+print(f"{model.n_parameters:,} parameters")
+print(f"accuracy on repeats {float(induction_accuracy(logits, tokens).mean()):.3f}")
+
+# %% [markdown]
+# The state-sized activations, `hook_A_bar`, `hook_B_bar`, `hook_write` and `hook_state`, exist only
+# while something is hooked to them; the layer says which way it computes:
+
+# %%
+print(model.blocks[0].ssm.path)
+
+# %% [markdown]
+# ## The hidden attention is exact
+#
+# `mixings` builds it from what the layer used, whatever its discretisation, and hands out rows,
+# diagonals or the whole. Applied to the layer's input it gives the layer's output (up to the skip
+# `D · u`, which mixes no positions).
+
+# %%
+mixing = mixings(cache)["blocks.0.ssm"]
+u, y = cache["blocks.0.ssm.hook_u"], cache["blocks.0.ssm.hook_y"]
+rebuilt = torch.einsum("bcqk,bkc->bqc", mixing.dense(), u) + model.blocks[0].ssm.D.detach() * u
+print(f"{mixing.n_heads} channels, largest difference {float((rebuilt - y).abs().max()):.1e}")
+assert torch.allclose(rebuilt, y, atol=1e-4)
+
+# %% [markdown]
+# ## Scores of channels
+#
+# The map is signed and its rows do not sum to 1, so a score needs weights: `normalise="abs"`, |M|
+# over its row sum, is the default and is written beside the result.
+
+# %%
+scores = induction_score(cache, tokens)
+print(f"{scores.name}; {scores.note}; chance {float(scores.chance['blocks.0.ssm']):.3f}")
+for row in scores.top(5):
+    print(
+        f"channel {row['head']:>2}: {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}], "
+        f"control {row['control']:.3f}"
+    )
+print(f"best previous-token score {prev_token_score(cache).top(1)[0]['score']:.3f}")
+
+# %%
+channels = [row["head"] for row in scores.top(4)]
+words = [str(t) for t in tokens[0].tolist()]
+attention_heads(
+    mixing.dense()[0, channels],
+    words,
+    mask="causal",
+    normalised=False,
+    labels=[f"channel {c}" for c in channels],
+    title="hidden attention of the four best channels",
+)
+
+# %% [markdown]
+# The convolution in front of the layer has the two taps that a smeared key needs: the present token
+# and the one before.
+
+# %%
+profile = kernel_profile(cache)
+print(profile)
+fig, ax = plt.subplots(figsize=(4, 3))
+draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high);
+
+# %% [markdown]
+# Take the previous token from it, and nothing is left of the induction:
+
+# %%
+from smearlens.causal.lags import keep_lags, measure_with
+
+for kept in ([0, 1], [0], [1]):
+    accuracy = measure_with(model, tokens, keep_lags(model, "blocks.0.conv", kept)).mean()
+    print(f"convolution with lags {kept}: accuracy {float(accuracy):.3f}")
+
+# %% [markdown]
+# ## What is written: the step size Δ
+#
+# A large Δ writes the token and lets go of the past; a Δ near 0 passes the token over. The bars are
+# one channel at a time, the slider goes through the four best.
+
+# %%
+delta = cache["blocks.0.ssm.hook_delta"][0]  # [pos channel]
+delta_strip(delta[:, channels].T, words, labels=[f"channel {c}" for c in channels])
+
+# %% [markdown]
+# ## How long it is kept
+#
+# `retention(s → t)` is the product of |Ā| over the steps after s up to t: a token is not decayed by
+# its own step. `half_life` is the first lag at which less than half is left.
+
+# %%
+A_bar, B_bar = cache["blocks.0.ssm.hook_A_bar"], cache["blocks.0.ssm.hook_B_bar"]
+left = retention(A_bar).mean((0, 2, 3))  # at the last position
+print("kept until the end, from each position back:")
+print(" ".join(f"{float(v):.2f}" for v in left.flip(0)))
+lives = half_life(A_bar)[:, : tokens.shape[1] // 2]  # the early ones have room to be forgotten
+print(f"half-life: median {float(lives.median()):.0f} tokens, "
+      f"{float((lives == torch.inf).float().mean()):.0%} longer than the sequence goes on")
+
+# %%
+memory = memory_profile(A_bar, B_bar, max_lag=16).nanmean(0)[channels]
+lags = lag_profile(cache, max_lag=16)["blocks.0.ssm"].mean()[channels]
+fig, (left_ax, right_ax) = plt.subplots(1, 2, figsize=(8, 3), sharex=True, layout="constrained")
+for channel, kept, read in zip(channels, memory, lags, strict=True):
+    left_ax.plot(kept, label=f"channel {channel}")
+    right_ax.plot(read)
+left_ax.set(xlabel="lag (tokens)", ylabel="mean write weight", title="what the state holds")
+right_ax.set(xlabel="lag (tokens)", ylabel="mean hidden attention", title="what is read from it")
+left_ax.legend(frameon=False, fontsize=8);
+
+# %% [markdown]
+# The state of one channel after each token, eight numbers wide:
+
+# %%
+state = cache["blocks.0.ssm.hook_state"][0, :, channels[0]]
+state_map(state, words, labels=[f"channel {channels[0]}"])

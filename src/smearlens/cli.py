@@ -8,11 +8,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-
-SUBCOMMANDS: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,17 @@ class Compare:
     text_steps: int = 500  # updates per model on tiny Shakespeare
     jobs: int = 2  # processes; results do not depend on it
     force: bool = False  # delete what OUT holds of an earlier study and start over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Run a study by name: mamba-induction."""
+
+    name: Annotated[str, tyro.conf.Positional]  # of the study
+    out: Path | None = None  # folder of the study; default runs/NAME
+    seeds: int = 3  # independent runs of every model
+    steps: int | None = None  # updates per model; default: the study's own
+    jobs: int = 2  # processes; results do not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +85,12 @@ class Claims:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand; ends the process with its exit code."""
+    commands_by_name = {
+        "compare": Compare, "experiment": Experiment, "train": Train, "analyze": Analyze,
+        "audit": Audit, "claims": Claims,
+    }  # fmt: skip
     command = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "train": Train, "analyze": Analyze, "audit": Audit, "claims": Claims},
+        commands_by_name,
         prog="smearlens",
         description="Hook, measure and test how sequence models look back.",
         args=arguments,

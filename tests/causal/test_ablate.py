@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, repeated_tokens
-from smearlens.causal.ablate import (
-    Component,
-    Effect,
-    ablate,
-    keep_lags,
-    measure_with,
-    present_only,
-    role_without_lags,
+from smearlens import (
+    AttnAttn,
+    AttnAttnConfig,
+    ConvAttn,
+    ConvAttnConfig,
+    Mamba,
+    MambaConfig,
+    repeated_tokens,
 )
+from smearlens.causal.ablate import Component, Effect, ablate, measure_with
+from smearlens.causal.lags import keep_lags, present_only, role_without_lags
+from smearlens.nn.scan import selective_scan
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
 
@@ -150,6 +152,22 @@ def test_all_roles_of_smeared_keys_equal_keys_alone(tokens, generator):
     torch.testing.assert_close(k, last_logit(silent(tokens), tokens))
 
 
+def test_a_state_space_role_changes_alone(tokens, generator):
+    """Removing B's lags equals a scan whose B alone comes from the lag-0 input."""
+    model = Mamba(MambaConfig(d_vocab=13, d_model=16, n_layers=1, n_ctx=17, d_state=5)).eval()
+    _, now = model.run_with_cache(tokens)
+    with model.hooks(present_only(model)):
+        _, plain = model.run_with_cache(tokens)
+    ssm, point = model.blocks[0].ssm, "blocks.0.ssm.hook_"
+    u, delta, c = (now[point + name] for name in ("u", "delta", "C"))
+    y, _ = selective_scan(u, delta, ssm.A, plain[point + "B"], c)
+    out = (y + ssm.D * u) * now[point + "gate"]
+    stream = now["blocks.0.hook_resid_pre"] + model.blocks[0].out_proj(out)
+    expected = model.unembed(model.ln_final(stream))[:, -1, 0]
+    effect = role_without_lags(model, tokens, ["B"], metric=last_logit, generator=generator)
+    torch.testing.assert_close(effect.changed, expected)
+
+
 def test_an_effect_knows_its_interval():
     effect = Effect("x", torch.tensor([1.0, 2, 3]), torch.tensor([0.5, 1.5, 2.5]))
     assert effect.mean() == pytest.approx(-0.5)
@@ -168,7 +186,10 @@ def test_an_effect_knows_its_interval():
         ),
         (lambda m, t, g: ablate(m, t, "blocks.0.attn.hook_z", how="none", generator=g), "how must"),
         (lambda m, t, g: ablate(m, t, "blocks.0.attn.hook_zz", generator=g), "nearest"),
-        (lambda m, t, g: role_without_lags(m, t, "x", generator=g), r"roles.*'q', 'k', 'v'"),
+        (
+            lambda m, t, g: role_without_lags(m, t, "x", generator=g),
+            r"roles must be some of 'q', 'k', 'v'",
+        ),
     ],
 )
 def test_bad_input_is_named(model, tokens, generator, call, message):

@@ -1,15 +1,15 @@
 """Take something out of a running model and see what breaks, beside a control of the same size.
 
-Contains the edits as hooks (zero, mean, resample, pattern-preserving, chosen lags of a convolution,
-lags of one role of an attention layer) and the measurement of their effect. Leaves out moving
-activations between inputs (`causal.patch`).
+Contains the edits as hooks (zero, mean, resample, pattern-preserving) and the measurement of their
+effect. Leaves out what lags carry (`causal.lags`) and moving activations between inputs
+(`causal.patch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,6 @@ from smearlens.models.base import HookedModel
 
 Hooks = list[tuple[str | Callable, Callable]]
 BehaviourMetric = Callable[[Tensor, Tensor], Tensor]  # (logits, tokens) -> one number per example
-Role = Literal["q", "k", "v"]
 
 HOW = ("zero", "mean", "mean_by_position", "resample", "pattern_preserving")
 HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_z")  # [batch pos head d_head]
@@ -149,7 +148,7 @@ def ablate(
 
     def hooks_for(target: Component) -> Hooks:
         frozen = [
-            (name, _replace(stored[name]))
+            (name, replace_with(stored[name]))
             for name in _routing(model)
             if how == "pattern_preserving"
         ]
@@ -165,89 +164,8 @@ def ablate(
     )
 
 
-def keep_lags(model: HookedModel, layer: str, keep: Sequence[int]) -> Hooks:
-    """Hooks that zero every tap of the convolution `layer` whose lag is not in `keep`."""
-    conv = model.mod_dict.get(layer)
-    if conv is None or not hasattr(conv, "lags"):
-        known = [name for name, module in model.mod_dict.items() if hasattr(module, "lags")]
-        raise ValueError(f"layer={layer!r} is no convolution of this model; convolutions: {known}")
-    lags: Sequence[int] = conv.lags  # pyrefly: ignore[bad-assignment]
-    mask = torch.tensor([lag in keep for lag in lags])
-    return [(f"{layer}.hook_kernel", lambda kernel, hook: kernel * mask.to(kernel))]
-
-
-def present_only(model: HookedModel, block: str = "blocks.0") -> Hooks:
-    """Hooks that leave only lag 0 of every convolution and smearing in `block`."""
-    hooks: Hooks = []
-    for name in model.hook_dict:
-        if not name.startswith(f"{block}."):
-            continue
-        if name.endswith("hook_kernel"):
-            hooks += keep_lags(model, name.removesuffix(".hook_kernel"), [0])
-        elif name.endswith("smear.hook_weight"):
-            hooks.append((name, lambda weight, hook: torch.zeros_like(weight)))
-    if not hooks:
-        raise ValueError(
-            f"block {block!r} of this {type(model).__name__} has no convolution and no smearing; "
-            f"hooks that would do: *.hook_kernel, *.smear.hook_weight"
-        )
-    return hooks
-
-
-def role_without_lags(
-    model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
-    roles: Sequence[Role] | str,
-    *,
-    block: str = "blocks.0",
-    metric: BehaviourMetric = induction_accuracy,
-    n_controls: int = 3,
-    generator: torch.Generator,
-) -> Effect:
-    """Effect of giving chosen roles (q, k, v) what they would be without any smearing.
-
-    A first run with only lag 0 left in every convolution and smearing of the block yields the
-    roles' activations; a second, otherwise untouched run gets them in place of its own. The control
-    moves each activation as far, position by position, in a random direction.
-
-    Args:
-        model: a model with a convolution or smeared keys
-        tokens: to measure on
-        roles: which of "q", "k", "v"; "qkv" is all
-        block: which block
-        metric: behaviour, per example
-        n_controls: random directions to average
-        generator: of the controls
-
-    Source:
-        "key smearing" is the claim that the effect of "k" alone is that of all three
-    """
-    if not roles or any(role not in ("q", "k", "v") for role in roles):
-        raise ValueError(f"roles must be some of 'q', 'k', 'v', got {roles!r}")
-    points = [f"{block}.attn.hook_{role}" for role in roles]
-    with torch.no_grad():
-        _, now = model.run_with_cache(tokens, names_filter=points)
-        with model.hooks(present_only(model, block)):
-            _, plain = model.run_with_cache(tokens, names_filter=points)
-    swapped: Hooks = [(point, _replace(plain[point])) for point in points]
-    controls = []
-    for _ in range(n_controls):
-        moved: Hooks = []
-        for point in points:
-            size = (plain[point] - now[point]).norm(dim=-1, keepdim=True)
-            direction = torch.randn(now[point].shape, generator=generator)
-            direction = direction / direction.norm(dim=-1, keepdim=True)
-            moved.append((point, _replace(now[point] + size * direction)))
-        controls.append(measure_with(model, tokens, moved, metric))
-    return Effect(
-        f"lags removed from {'+'.join(roles)}",
-        measure_with(model, tokens, [], metric),
-        measure_with(model, tokens, swapped, metric),
-        torch.stack(controls) if controls else None,
-    )
-
-
-def _replace(value: Tensor) -> Callable:
+def replace_with(value: Tensor) -> Callable:
+    """A hook that puts `value` in the place of whatever passes."""
     return lambda _, hook: value
 
 

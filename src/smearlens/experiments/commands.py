@@ -33,6 +33,7 @@ def run(command: Any) -> str:
     """Run a parsed command and return what it has to say."""
     return {
         "Compare": compare,
+        "Experiment": experiment,
         "Train": train,
         "Analyze": analyze,
         "Audit": audit,
@@ -59,6 +60,30 @@ def compare(options: Any) -> str:
         for v in result.verdicts
     ]
     return "\n".join([*lines, f"\nreport: {result.report}"])
+
+
+def experiment(options: Any) -> str:
+    """A study by name."""
+    from pathlib import Path
+
+    from smearlens._files import nearest
+    from smearlens.experiments import mamba_induction
+
+    studies = {"mamba-induction": (mamba_induction.MambaInductionConfig, mamba_induction.run)}
+    if options.name not in studies:
+        raise ValueError(
+            f"no study {options.name!r}; nearest: {nearest(options.name, studies)}, "
+            f"known: {sorted(studies)}"
+        )
+    config, run_study = studies[options.name]
+    chosen: dict[str, Any] = {"seeds": options.seeds}
+    if options.steps is not None:
+        chosen["steps"] = options.steps
+    out = options.out or Path("runs") / options.name
+    line = shlex.join(["smearlens", *sys.argv[1:]])
+    study = run_study(config(**chosen), out, jobs=options.jobs, command=line)
+    lines = [f"{v['outcome'].upper()}: {v['because']}" for v in study["verdicts"]]
+    return "\n".join([*lines, (out / "table.md").read_text()])
 
 
 def train(options: Any) -> str:

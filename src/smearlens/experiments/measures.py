@@ -21,8 +21,9 @@ from smearlens.analysis.heads import duplicate_token_score, induction_score, pre
 from smearlens.analysis.kernels import kernel_profile, score_by_lag, smear_evidence
 from smearlens.analysis.patterns import lag_profile
 from smearlens.analysis.scores import Scores, best_head
-from smearlens.causal.ablate import measure_with, role_without_lags
+from smearlens.causal.ablate import measure_with
 from smearlens.causal.audit import audit
+from smearlens.causal.lags import role_without_lags
 from smearlens.data.synthetic import iid_tokens, repeated_tokens
 from smearlens.models.base import HookedModel
 from smearlens.nn.attention import Attention
