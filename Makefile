@@ -2,13 +2,14 @@
 # make test    the tests
 # make check   everything CI checks: format, lint, types, tests
 # make bench   speed and memory as ratios in one process
+# make stress  kill training at random moments and compare every byte
 # Each installs into .venv first if that is missing or older than the project's own files.
 
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check format lint types bench clean
+.PHONY: demo test check format lint types bench stress clean
 
 demo: .venv/installed
 	$(BIN)/smearlens compare --out runs/compare
@@ -31,6 +32,9 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
+
+stress: .venv/installed
+	$(BIN)/python benchmarks/stress_resume.py --kills 10 ConvAttn AttnAttn Mamba
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""The selective scan beside the machine's floor and beside other people's scans.
+"""The selective scan beside the machine's floor and beside other people's scans; its mixing too.
 
     python benchmarks/bench_scan.py            # about ten minutes
     python benchmarks/bench_scan.py --fast     # one shape, and no peer that takes long
@@ -24,12 +24,14 @@ from torch import Tensor
 from torch._higher_order_ops.associative_scan import generic_associative_scan
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
+from smearlens.analysis.state_space import SSMMixing
 from smearlens.nn.scan import selective_scan, selective_scan_plain
 
 Shape = tuple[int, int, int, int]  # (batch, pos, channel, d_state)
 FLOOR_SHAPES = [(8, 256, 128, 16), (4, 1024, 256, 16), (1, 4096, 256, 16)]
 FLOOR_BARS = {"mamba": (6, 32), "zoh": (12, 60), "bilinear": (9, 50)}  # forward, both passes
 PEER_SHAPES = [(8, 256, 128, 16), (128, 40, 128, 16), (4, 1024, 256, 16)]
+MIXING_SHAPE = (1, 256, 64, 16)
 TOLERANCE = 3e-6
 
 
@@ -155,6 +157,38 @@ def against_peers(shape: Shape, index: int, *, slow: bool) -> list[Row]:
     return rows
 
 
+def effective_attention(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The hidden attention as TransformerLens' Mamba bridge computes it (dt scaling included)."""
+    elapsed = (A[:, :, None] * delta.mT[:, :, None]).cumsum(-1)  # [batch channel d_state pos]
+    future = torch.ones(2 * delta.shape[1:2], dtype=torch.bool).triu(1)
+    decay = elapsed[..., :, None] - elapsed[..., None, :]
+    decay = torch.exp(decay.masked_fill(future, -torch.inf))
+    pairs = C.mT[:, None, :, :, None] * decay * B.mT[:, None, :, None, :]
+    return (pairs * delta.mT[:, :, None, None, :]).sum(2)
+
+
+def against_effective_attention(shape: Shape) -> list[Row]:
+    _, *tensors = (x.detach() for x in inputs(shape))
+    mixing = SSMMixing.from_delta(*tensors)
+
+    def statistics() -> None:
+        for _, _, rows in mixing.blocks():
+            rows.abs_().sum(-1)
+
+    def peer() -> Tensor:
+        return effective_attention(*tensors)
+
+    sides = {"matrix": (mixing.dense, 20), "row sums of |M|": (statistics, 20)}
+    sides["previous-token diagonal"] = (lambda: mixing.diagonal(1), 500)
+    rows = [
+        compare(f"{name} / effective_attention", shape, ours, peer, 1 / times, rounds=3)
+        for name, (ours, times) in sides.items()
+    ]
+    exact = SSMMixing.from_delta(*(x.double() for x in tensors)).dense()
+    error = float((mixing.dense() - exact).abs().max() / exact.abs().max())
+    return [*rows, row("matrix, difference from float64", shape, error, 1e-6)]
+
+
 def _error(
     ours: Callable[[], tuple[Tensor, ...]], theirs: Callable[[], tuple[Tensor, ...]]
 ) -> float:
@@ -184,6 +218,7 @@ def main(*, fast: bool = False) -> list[Row]:
             rows += against_floor(shape)
         for index, shape in enumerate(PEER_SHAPES[:1] if fast else PEER_SHAPES):
             rows += against_peers(shape, index, slow=not fast)
+        rows += against_effective_attention(MIXING_SHAPE)
     finally:
         torch.set_num_threads(threads)
     report(rows)

@@ -59,6 +59,7 @@ def build_all(sources: list[Path]) -> None:
     """Build some pages in this process."""
     sys.path.insert(0, str(DOCS))
     for source in sources:
+        os.chdir(ROOT)  # a page may have gone elsewhere
         target = target_of(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         for figure in target.parent.glob(f"{target.stem}-[0-9]*.png"):

@@ -75,7 +75,8 @@ assert torch.allclose(a, b, atol=1e-6)
 # induction head without any training.
 
 # %%
-from transformer_lens import HookedRootModule, HookPoint
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 
 class PlantedAttention(nn.Module):
@@ -123,7 +124,8 @@ print(induction_score(cache, tokens))
 # %% [markdown]
 # `ablate`, `patch_activation` and `audit` need nothing but hook points and tokens either, as long as
 # the model derives from `HookedModel`; with a plain `HookedRootModule` a hook does the same in one
-# line. Give the keys the present token, and the induction head becomes a duplicate-token head:
+# line. Give the keys the present token, and the induction head becomes a duplicate-token head (short
+# of 1, since each query now finds itself as well):
 
 # %%
 def unsmear(key, hook):

@@ -23,6 +23,7 @@ from smearlens import (
     TrainConfig,
     induction_accuracy,
     induction_score,
+    keep_lags,
     kernel_profile,
     mixings,
     prev_token_score,

@@ -1,4 +1,4 @@
-"""Every linear scan against a loop over indices; what the log-space ones lose, measured."""
+"""Every linear scan against a loop over indices; what each one, blocked or not, loses in float32."""
 
 import re
 from itertools import product
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.autograd import grad, gradcheck
 
-from smearlens.nn.discretize import discretize
+from smearlens.nn.discretize import RULES, discretize
+from smearlens.nn.scan import selective_scan, selective_scan_plain
 from smearlens.nn.scan_variants import METHODS, linear_scan
 
 EXACT = ["sequential", "doubling", "logspace"]
@@ -137,3 +138,50 @@ def test_wrong_calls_are_explained():
         ValueError, match=re.escape("at least one position, got shape (1, 0, 1, 1)")
     ):
         linear_scan(a[:, :0], a[:, :0])
+
+
+def regime(name, length, batch=1, channel=7, d_state=16):
+    """Inputs with the step sizes of a fresh model, a trained one, or one that never forgets."""
+    z = torch.randn(batch, length, channel)
+    rates = {"fresh": (1, 16), "trained": (1, 64), "long": (0.5, 1.5)}[name]
+    delta = {
+        "fresh": torch.logspace(-3, -1, channel) * torch.exp(0.3 * z),
+        "trained": torch.nn.functional.softplus(2 * z),
+        "long": 2e-5 * torch.rand_like(z),
+    }[name]
+    A = -torch.linspace(*rates, d_state).repeat(channel, 1)
+    B, C = torch.randn(2, batch, length, d_state)
+    return torch.randn(batch, length, channel), delta, A, B, C
+
+
+def worst(found, exact):
+    """Largest error over time, relative to the largest value of the same channel."""
+    return ((found - exact).abs().amax(1) / exact.abs().amax(1)).max().item()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("name", "length", "bound"),
+    [
+        ("fresh", 512, 1.5e-6),
+        ("fresh", 16384, 1.5e-6),
+        ("trained", 2048, 5e-7),
+        ("long", 8192, 1e-5),
+    ],
+)
+def test_precision_in_float32(rule, name, length, bound):
+    tensors = regime(name, length)
+    exact, _ = selective_scan_plain(*(x.double() for x in tensors), rule=rule)
+    for scan in (selective_scan, selective_scan_plain):
+        assert worst(scan(*tensors, rule=rule)[0], exact) < bound
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_precision_of_gradients_in_float32(rule):
+    tensors = [x.requires_grad_() for x in regime("fresh", 1024, 2, 37)]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    weight = torch.randn(2, 1024, 37)
+    found = grad(selective_scan(*tensors, rule=rule)[0], tensors, weight)
+    exact = grad(selective_scan_plain(*wide, rule=rule)[0], wide, weight.double())
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).abs().max() < 2e-6 * other.abs().max()

@@ -66,8 +66,14 @@ class SelectiveSSM(nn.Module):
         self.name = ""  # the model's setup() writes the module's path here; it prefixes `state`
         self.d_state, self.dt_rank, self.rule, self.method = d_state, dt_rank, rule, method
         self.delta_kind, self.scale = delta, d_inner**-0.5 if scale_delta else 1.0
-        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)  # Δ, B, C
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.low = dt_rank if delta == "selective" else 0  # width that the input gives to Δ
+        self.x_proj = nn.Linear(d_inner, self.low + 2 * d_state, bias=False)  # Δ, B, C
+        if delta == "constant":
+            self.dt_bias = nn.Parameter(_delta_bias(d_inner))
+        else:
+            self.dt_proj = nn.Linear(dt_rank, d_inner)
+            nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+            self.dt_proj.bias = nn.Parameter(_delta_bias(d_inner))
         if delta == "position":
             self.dt_position = nn.Parameter(torch.randn(n_ctx, dt_rank) * 0.1)
         self.D = nn.Parameter(torch.ones(d_inner))
@@ -76,7 +82,6 @@ class SelectiveSSM(nn.Module):
             self.A_log = nn.Parameter(steps.log().repeat(d_inner, 1))
         else:  # one decay for all states of a channel: A_bar keeps an axis of size 1
             self.register_buffer("A_log", torch.zeros(d_inner, 1))
-        _init_delta(self.dt_proj)
         self.hook_u = HookPoint()  # [batch pos channel]
         self.hook_delta_raw = HookPoint()  # [batch pos channel], before the softplus
         self.hook_delta = HookPoint()  # [batch pos channel]
@@ -122,7 +127,7 @@ class SelectiveSSM(nn.Module):
         u = self.hook_u(u)
         first = None if state is None else state.get(f"{self.name}.state")
         past = 0 if state is None or "tokens" not in state else state["tokens"].shape[1]
-        low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        low, B, C = self.x_proj(u).split([self.low, self.d_state, self.d_state], dim=-1)
         delta = self.hook_delta(self._delta(low, past))
         B, C = self.hook_B(B), self.hook_C(C)
         if self.path.startswith("fused"):
@@ -135,10 +140,11 @@ class SelectiveSSM(nn.Module):
 
     def _delta(self, low: Tensor, past: int) -> Tensor:
         """Δ = softplus(raw), raw as `delta_kind` says."""
-        if self.delta_kind == "position":
-            low = self.dt_position[past : past + low.shape[1]].expand_as(low)
         if self.delta_kind == "constant":
-            raw = self.dt_proj.bias.expand(*low.shape[:2], -1)
+            raw = self.dt_bias.repeat(*low.shape[:2], 1)
+        elif self.delta_kind == "position":
+            positions = self.dt_proj(self.dt_position[past : past + low.shape[1]])
+            raw = positions.repeat(low.shape[0], 1, 1)
         else:
             raw = self.dt_proj(low)
         return F.softplus(self.hook_delta_raw(raw)) * self.scale
@@ -156,15 +162,11 @@ class SelectiveSSM(nn.Module):
         return torch.einsum("bpcn,bpn->bpc", states, C.to(states.dtype)).to(u.dtype), last
 
 
-def _init_delta(dt_proj: nn.Linear, low: float = 1e-3, high: float = 0.1) -> None:
-    """Weights of scale dt_rank^-1/2; a bias that puts softplus(bias) log-uniformly in low..high.
+def _delta_bias(d_inner: int, low: float = 1e-3, high: float = 0.1) -> Tensor:
+    """A bias for which softplus(bias) is log-uniform in low..high, [channel].
 
     Source:
         Gu & Dao 2023, section 3.6
     """
-    nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
-    delta = torch.exp(
-        torch.rand(dt_proj.out_features) * (math.log(high) - math.log(low)) + math.log(low)
-    )
-    with torch.no_grad():
-        dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
+    delta = torch.exp(torch.rand(d_inner) * (math.log(high) - math.log(low)) + math.log(low))
+    return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus
