@@ -96,8 +96,7 @@ attention_heads(best, [str(t) for t in tokens[0].tolist()], mask="causal", title
 profile = kernel_profile(caches["convolution"])
 print(profile)
 fig, ax = plt.subplots(figsize=(5, 3))
-draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high);
-
+draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
 # %% [markdown]
 # Lag 1, the previous token, is far above the untrained band. With smeared keys the same knowledge is
 # one number per head, the weight on the previous key:
@@ -125,13 +124,15 @@ for effect in effects.values():
 
 bars = {
     f"without lags\nin {'+'.join(roles)}": {
-        "accuracy": (float(e.changed.mean()), *(float(e.clean.mean()) + end for end in e.interval()))
+        "accuracy": (
+            float(e.changed.mean()),
+            *(float(e.clean.mean()) + end for end in e.interval()),
+        )
     }
     for roles, e in effects.items()
 }
 fig, ax = plt.subplots(figsize=(5, 3))
-draw_bars(ax, bars, ylabel="accuracy on repeats", level=1 / 64, level_name="chance");
-
+draw_bars(ax, bars, ylabel="accuracy on repeats", level=1 / 64, level_name="chance")
 # %% [markdown]
 # The keys carry it: without lags in K the model is as lost as without any, while V hardly matters.
 # That is what "smeared keys" claims.

@@ -17,6 +17,8 @@
 # %%
 import torch
 from torch import nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 from smearlens import (
     Mixing,
@@ -26,6 +28,7 @@ from smearlens import (
     repeated_tokens,
 )
 from smearlens.analysis.patterns import attention_span, lag_profile
+from smearlens.viz.widgets import attention_heads
 
 tokens = repeated_tokens(6, (5, 9), 30, 40, torch.Generator().manual_seed(0))
 batch, length = tokens.shape
@@ -74,11 +77,8 @@ assert torch.allclose(a, b, atol=1e-6)
 # queries and values the present one's, so that matching a key finds what followed. That is an
 # induction head without any training.
 
+
 # %%
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
-
-
 class PlantedAttention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -122,10 +122,10 @@ logits, cache = model.run_with_cache(tokens)
 print(induction_score(cache, tokens))
 
 # %% [markdown]
-# `ablate`, `patch_activation` and `audit` need nothing but hook points and tokens either, as long as
-# the model derives from `HookedModel`; with a plain `HookedRootModule` a hook does the same in one
-# line. Give the keys the present token, and the induction head becomes a duplicate-token head (short
-# of 1, since each query now finds itself as well):
+# `ablate`, `patch_activation` and `audit` take models that derive from `HookedModel`; with a plain
+# `HookedRootModule` a hook does the same in one line. Give the keys the present token, and the
+# induction head becomes a duplicate-token head (short of 1, since each query finds itself as well):
+
 
 # %%
 def unsmear(key, hook):
@@ -193,8 +193,6 @@ assert torch.allclose(span, decay / (1 - decay), atol=1e-4)
 # Scores take a dictionary of mixings by layer name, pictures take the dense matrix:
 
 # %%
-from smearlens.viz.widgets import attention_heads
-
 short = MovingAverage(decay, length)
 print(prev_token_score({"blocks.0.ema": short}))
 attention_heads(

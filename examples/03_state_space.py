@@ -35,7 +35,6 @@ from smearlens.analysis.states import half_life, memory_profile, retention
 from smearlens.viz.plots import draw_kernel_profile
 from smearlens.viz.widgets import attention_heads, delta_strip, state_map
 
-
 torch.manual_seed(0)
 model = Mamba.from_preset("cpu", d_vocab=16, d_model=32, d_state=8, kernel_size=2, n_ctx=24)
 data = RepeatBatches(batch_size=32, period=(4, 8), length=24, d_vocab=16, seed=0)
@@ -105,16 +104,14 @@ attention_heads(
 profile = kernel_profile(cache)
 print(profile)
 fig, ax = plt.subplots(figsize=(4, 3))
-draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high);
-
+draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
 # %% [markdown]
 # Take the previous token from it, and nothing is left of the induction:
 
 # %%
-from smearlens.causal.lags import keep_lags, measure_with
-
 for kept in ([0, 1], [0], [1]):
-    accuracy = measure_with(model, tokens, keep_lags(model, "blocks.0.conv", kept)).mean()
+    with torch.no_grad(), model.hooks(fwd_hooks=keep_lags(model, "blocks.0.conv", kept)):
+        accuracy = induction_accuracy(model(tokens), tokens).mean()
     print(f"convolution with lags {kept}: accuracy {float(accuracy):.3f}")
 
 # %% [markdown]
@@ -139,8 +136,10 @@ left = retention(A_bar).mean((0, 2, 3))  # at the last position
 print("kept until the end, from each position back:")
 print(" ".join(f"{float(v):.2f}" for v in left.flip(0)))
 lives = half_life(A_bar)[:, : tokens.shape[1] // 2]  # the early ones have room to be forgotten
-print(f"half-life: median {float(lives.median()):.0f} tokens, "
-      f"{float((lives == torch.inf).float().mean()):.0%} longer than the sequence goes on")
+print(
+    f"half-life: median {float(lives.median()):.0f} tokens, "
+    f"{float((lives == torch.inf).float().mean()):.0%} longer than the sequence goes on"
+)
 
 # %%
 memory = memory_profile(A_bar, B_bar, max_lag=16).nanmean(0)[channels]
@@ -151,8 +150,7 @@ for channel, kept, read in zip(channels, memory, lags, strict=True):
     right_ax.plot(read)
 left_ax.set(xlabel="lag (tokens)", ylabel="mean write weight", title="what the state holds")
 right_ax.set(xlabel="lag (tokens)", ylabel="mean hidden attention", title="what is read from it")
-left_ax.legend(frameon=False, fontsize=8);
-
+left_ax.legend(frameon=False, fontsize=8)
 # %% [markdown]
 # The state of one channel after each token, eight numbers wide:
 

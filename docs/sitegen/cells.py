@@ -28,9 +28,10 @@ class Cell:
 
 
 def parse_percent(text: str) -> list[Cell]:
-    """Cells of a percent script: `# %%` opens code, `# %% [markdown]` comments that are text.
+    r"""Cells of a percent script: `# %%` opens code, `# %% [markdown]` comments that are text.
 
-    >>> [c.kind for c in parse_percent("# ---\\n# k: v\\n# ---\\n# %% [markdown]\\n# Hi\\n# %%\\n1")]
+    >>> script = "# ---\n# k: v\n# ---\n# %% [markdown]\n# Hi\n# %%\n1"
+    >>> [cell.kind for cell in parse_percent(script)]
     ['markdown', 'run']
     """
     header = HEADER.match(text)
@@ -48,9 +49,9 @@ def parse_percent(text: str) -> list[Cell]:
 
 
 def parse_page(text: str) -> list[Cell]:
-    """Cells of a Markdown page: fences "```python run", "show" and "raises" are code that runs.
+    r"""Cells of a Markdown page: fences "```python run", "show" and "raises" are code that runs.
 
-    >>> [(c.kind, c.source) for c in parse_page("One\\n\\n```python run\\n1 + 1\\n```\\n")]
+    >>> [(c.kind, c.source) for c in parse_page("One\n\n```python run\n1 + 1\n```\n")]
     [('markdown', 'One'), ('run', '1 + 1')]
     """
     pieces = FENCE.split(text)  # text, kind, code, text, kind, code, … text

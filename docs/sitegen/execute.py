@@ -54,6 +54,7 @@ def _shell() -> Any:
 
     shell = InteractiveShell.instance()
     if "inline" not in matplotlib.get_backend():
+        shell.enable_gui = lambda gui=None: None  # there is no event loop to join
         shell.enable_matplotlib("inline")
     return shell
 

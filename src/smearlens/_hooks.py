@@ -81,8 +81,7 @@ def caching_hook(
             kept = kept[0]
         cache[f"{name}_grad" if backward else name] = kept
 
-    # Torch may go on adding to a gradient: of that, the cache keeps a copy.
-    save.reads_only = not backward  # pyrefly: ignore[missing-attribute]
+    save.reads_only = True  # pyrefly: ignore[missing-attribute]
     return save
 
 

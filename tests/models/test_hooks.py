@@ -241,6 +241,19 @@ def test_a_backward_hook_may_return_a_tensor_a_tuple_or_edit_in_place(small):
     )
 
 
+def test_a_later_edit_of_a_gradient_does_not_reach_a_cached_one(small):
+    name, kept, seen = "blocks.0.attn.hook_z", {}, []
+    hooks = [
+        (name, caching_hook(kept, backward=True)),
+        (name, lambda g, hook: seen.append(g.clone())),
+        (name, enlarge_in_place),
+    ]
+    with small.hooks(bwd_hooks=hooks):
+        small(TOKENS, return_type="loss").backward()
+    assert list(kept) == [f"{name}_grad"]
+    assert torch.equal(kept[f"{name}_grad"], seen[0])
+
+
 @pytest.mark.parametrize("side", ["fwd_hooks", "bwd_hooks"])
 def test_a_hook_that_returns_something_else_is_explained(small, side):
     def run(hook):

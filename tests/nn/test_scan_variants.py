@@ -1,4 +1,4 @@
-"""Every linear scan against a loop over indices; what each one, blocked or not, loses in float32."""
+"""Every linear scan against a loop over indices; what each scan loses in float32."""
 
 import re
 from itertools import product

@@ -45,7 +45,7 @@ def linear_scan(
         a: decay per step, of any sign; axes of size 1 broadcast
         write: what each step adds
         initial_state: the state before the first position; None for zeros
-        method: one of the table
+        method: one of these four
 
     Returns:
         all states, and the state after the last position

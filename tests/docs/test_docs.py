@@ -1,0 +1,203 @@
+"""The sources of the documentation: complete, linked, and true to the code. Nothing is built."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import smearlens
+from smearlens import AttnAttn, ConvAttn, Mamba
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "pages"
+sys.path.insert(0, str(ROOT / "docs"))
+
+from sitegen import reference  # noqa: E402
+from sitegen.cells import Cell, parse_page, parse_percent  # noqa: E402
+from sitegen.render import to_markdown  # noqa: E402
+
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9][0-9]_*.py"))
+SOURCES = sorted(PAGES.rglob("*.md"))
+SIZES = {"batch": 2, "pos": 7, "d_model": 24, "head": 3, "d_head": 8, "tap": 5, "d_mlp": 96,
+         "query": 7, "key": 7, "d_state": 11}  # fmt: skip
+
+
+CONV = {"d_model": 24, "n_heads": 3, "kernel_size": 5, "n_ctx": 9}
+
+
+class Loader(yaml.SafeLoader):
+    """Takes `!ENV` as a list."""
+
+
+Loader.add_constructor("!ENV", lambda loader, node: loader.construct_sequence(node))
+
+
+def nav_files():
+    config = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader)
+    found, todo = [], [config["nav"]]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            found.append(item)
+        else:
+            todo += item.values() if isinstance(item, dict) else item
+    return found
+
+
+def built_pages():
+    pages = {f"tutorials/{e.stem}.md" for e in EXAMPLES}
+    pages |= {f"api/{name}.md" for name in reference.api_pages()}
+    return pages | {p.relative_to(PAGES).as_posix() for p in SOURCES}
+
+
+def prose(page):
+    """Text of a built page's source without its code."""
+    if page.startswith("tutorials/"):
+        cells = parse_percent((ROOT / "examples" / f"{Path(page).stem}.py").read_text("utf-8"))
+    else:
+        cells = parse_page((PAGES / page).read_text("utf-8"))
+    return "\n".join(cell.source for cell in cells if cell.kind == "markdown")
+
+
+def test_every_page_is_in_the_navigation_and_exists():
+    assert len(nav_files()) == len(set(nav_files()))
+    assert set(nav_files()) == built_pages()
+
+
+def test_the_api_pages_hold_the_public_names():
+    text = "\n".join(reference.api_pages().values())
+    directives = re.findall(r"^::: (smearlens\.\S+)\.(\w+)$(?!\n    options)", text, re.MULTILINE)
+    assert sorted(name for _, name in directives) == sorted(smearlens.__all__)
+    for module, name in directives:
+        assert name in reference.public_names(module.removeprefix("smearlens."))
+
+
+def test_modules_below_the_public_names_exist():
+    for modules in reference.MODULES.values():
+        assert all(reference.public_names(module) for module in modules)
+
+
+def test_links_between_pages_resolve():
+    pages = built_pages()
+    for page in pages:
+        if page.startswith("api/"):
+            continue
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+            assert not target.startswith(("http:", "//")), (page, target)
+            if target.startswith("https:"):
+                continue
+            path, _, anchor = target.partition("#")
+            parts = []
+            for part in [*Path(page).parent.parts, *Path(path).parts] if path else [page]:
+                parts = parts[:-1] if part == ".." else [*parts, part]
+            there = "/".join(parts)
+            assert there in pages, (page, target)
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", prose(there), re.MULTILINE)
+                assert anchor in {t.lower().replace(" ", "-") for t in titles}, (page, target)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_parse_and_name_their_kernel(path):
+    text = path.read_text("utf-8")
+    assert re.match(r"# ---\n# jupyter:\n#   kernelspec:\n#     name: python3\n", text)
+    cells = parse_percent(text)
+    assert cells[0].kind == "markdown"
+    assert cells[0].source.startswith("# ")
+    code = [cell.source for cell in cells if cell.kind == "run"]
+    assert len(code) >= 5
+    for source in code:
+        compile(source, str(path), "exec")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PAGES).as_posix())
+def test_code_on_pages_compiles(path):
+    cells = parse_page(path.read_text("utf-8"))
+    for cell in cells:
+        if cell.kind == "markdown":
+            assert "```python" not in cell.source  # shown, but never run
+        else:
+            compile(cell.source, str(path), "exec")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ConvAttn.from_preset("cpu", residual=True, norm=True, mlp=True, **CONV),
+        lambda: ConvAttn.from_preset("cpu", conv_on="k", **CONV),
+        lambda: ConvAttn.from_preset("cpu", conv_on=None, smear=True, **CONV),
+        lambda: AttnAttn.from_preset("cpu", d_model=24, n_heads=3, n_ctx=9, mlp=True),
+        lambda: Mamba.from_preset("cpu", d_model=24, d_state=11, kernel_size=5, n_ctx=9),
+    ],
+    ids=["ConvAttn", "ConvAttn, K", "ConvAttn, smeared", "AttnAttn", "Mamba"],
+)
+def test_the_hook_table_is_that_of_the_model(build):
+    """Names, and every shape against the activation itself."""
+    model = build()
+    rows = reference.hook_rows(model)
+    assert [name for name, _, _ in rows] == list(model.hook_dict)
+    _, cache = model.run_with_cache(torch.zeros(2, 7, dtype=torch.long))
+    for name, shape, meaning in rows:
+        words = shape.strip("[]").split()
+        assert len(words) == cache[name].ndim, name
+        for word, size in zip(words, cache[name].shape, strict=True):
+            if word == "channel":  # the width of whatever the layer works on
+                assert size in (24, 48), name
+            elif "pos_embed" in name and word == "batch":
+                assert size in (1, 2), name
+            else:
+                assert size == SIZES[word], (name, word)
+        assert len(meaning) > 8, name
+
+
+def test_every_error_class_has_its_entry():
+    titles = re.findall(r"^## (\w+)$", prose("errors.md"), re.MULTILINE)
+    assert sorted(titles) == sorted(reference.error_classes())
+    for entry in prose("errors.md").split("\n## ")[1:]:
+        if entry.split()[0] in titles:
+            assert "**Symptom**" in entry
+            assert "**Cause**" in entry
+            assert "**Fix**" in entry
+
+
+def test_every_metric_has_range_chance_pitfall_and_source():
+    for page in SOURCES:
+        if page.parent.name != "metrics" or page.stem == "index":
+            continue
+        entries = parse_page(page.read_text("utf-8"))
+        text = "\n".join(c.source if c.kind == "markdown" else "@code" for c in entries)
+        for entry in text.split("\n## ")[1:]:
+            for word in ("**Range**", "**Chance**", "**Pitfall", "**Source**", "@code"):
+                assert word in entry, (page.name, entry.splitlines()[0], word)
+
+
+def test_every_metric_and_picture_of_the_package_is_explained():
+    metrics = "".join(p.read_text("utf-8") for p in PAGES.glob("metrics/*.md"))
+    analysis = [n for n, home in reference.homes().items() if ".analysis." in home]
+    missing = {n for n in analysis if n not in metrics} - {"Mixing", "mixings"}
+    assert not missing
+    gallery = (PAGES / "gallery.md").read_text("utf-8")
+    shown = [*reference.public_names("viz.widgets"), *reference.public_names("viz.plots")]
+    assert not {n for n in shown if n not in gallery} - {"Widget", "page_bundle"}
+
+
+def test_parsers_keep_text_and_code_apart():
+    text = "# ---\n# kernelspec: x\n# ---\n# %% [markdown]\n# # A\n#\n# b\n# %%\nx = 1\n\n# y\n"
+    assert parse_percent(text) == [Cell("markdown", "# A\n\nb"), Cell("run", "x = 1\n\n# y")]
+    page = "a\n```python raises\n1 / 0\n```\n```python\nkept\n```\n"
+    assert [c.kind for c in parse_page(page)] == ["markdown", "raises", "markdown"]
+    with pytest.raises(ValueError, match="starts with a header"):
+        parse_percent("# %%\n1\n")
+
+
+def test_outputs_become_markdown(tmp_path):
+    cells = [Cell("markdown", "# T"), Cell("run", "f()"), Cell("show", "hidden()")]
+    image = {"output_type": "display_data", "data": {"image/png": b"png", "text/plain": "<F>"}}
+    stream = {"output_type": "stream", "name": "stdout", "text": "out\n"}
+    text = to_markdown(cells, [[], [stream], [image]], tmp_path / "page.md")
+    assert text.startswith("# T\n\n```python\nf()\n```\n\n``` { .text .output }\nout\n```\n\n![")
+    assert "hidden" not in text
+    assert (tmp_path / "page-1.png").read_bytes() == b"png"
