@@ -97,9 +97,11 @@ profile = kernel_profile(caches["convolution"])
 print(profile)
 fig, ax = plt.subplots(figsize=(5, 3))
 draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
+fig.tight_layout()
+
 # %% [markdown]
-# Lag 1, the previous token, is far above the untrained band. With smeared keys the same knowledge is
-# one number per head, the weight on the previous key:
+# Lag 1, the previous token, is far above the untrained band. With smeared keys the same knowledge
+# is one number per head, the weight on the previous key:
 
 # %%
 print(caches["smeared keys"]["blocks.0.attn.smear.hook_weight"])
@@ -133,6 +135,8 @@ bars = {
 }
 fig, ax = plt.subplots(figsize=(5, 3))
 draw_bars(ax, bars, ylabel="accuracy on repeats", level=1 / 64, level_name="chance")
+fig.tight_layout()
+
 # %% [markdown]
 # The keys carry it: without lags in K the model is as lost as without any, while V hardly matters.
 # That is what "smeared keys" claims.

@@ -105,6 +105,8 @@ profile = kernel_profile(cache)
 print(profile)
 fig, ax = plt.subplots(figsize=(4, 3))
 draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
+fig.tight_layout()
+
 # %% [markdown]
 # Take the previous token from it, and nothing is left of the induction:
 
@@ -150,7 +152,8 @@ for channel, kept, read in zip(channels, memory, lags, strict=True):
     right_ax.plot(read)
 left_ax.set(xlabel="lag (tokens)", ylabel="mean write weight", title="what the state holds")
 right_ax.set(xlabel="lag (tokens)", ylabel="mean hidden attention", title="what is read from it")
-left_ax.legend(frameon=False, fontsize=8)
+_ = left_ax.legend(frameon=False, fontsize=8)
+
 # %% [markdown]
 # The state of one channel after each token, eight numbers wide:
 
