@@ -71,8 +71,8 @@ def main() -> list[Row]:
             compare(f"forward with / without HookPoints: {name}", (batch, pos), forward, peer, BAR,
                     rounds=25)
         )  # fmt: skip
-    return rows
+    return report(rows)
 
 
 if __name__ == "__main__":
-    report(main())
+    main()

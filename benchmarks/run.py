@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from timing import report
 
 HERE = Path(__file__).parent
 SUITES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -30,7 +29,6 @@ def main(names: list[str]) -> int:
     for name in names or SUITES:
         print(f"\n{name}")
         results[name] = import_module(f"bench_{name}").main()
-        report(results[name])
     if not names:
         about = {
             "torch": torch.__version__,

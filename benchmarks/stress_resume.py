@@ -177,10 +177,12 @@ def campaign(name: str, kills: int, steps: int, every: int, root: Path, moments:
     if wait(child(lambda: run(name, root / "undisturbed", steps, every))):
         sys.exit(f"{name}: the undisturbed run failed")
     tally = Tally(name, time.perf_counter() - start)
+    typical = tally.seconds
     expected = state(root / "undisturbed")
     out = root / "killed-0"
     while tally.kills < kills or out.exists():  # the last run is brought to its end
-        patience = moments.uniform(0, tally.seconds) if tally.kills < kills else float("inf")
+        patience = moments.uniform(0, typical) if tally.kills < kills else float("inf")
+        fresh, start = not out.exists(), time.perf_counter()
         pid = child(lambda out=out: run(name, out, steps, every))
         code = wait(pid, patience)
         if code is None:
@@ -193,6 +195,8 @@ def campaign(name: str, kills: int, steps: int, every: int, root: Path, moments:
             tally.saved += any(path.name > "step-000000" for path in left)
             tally.unreadable += bool(wait(child(lambda out=out: check(out))))
             continue
+        if fresh:
+            typical = time.perf_counter() - start  # the load of the machine may have changed
         tally.failed += code != 0
         tally.runs += 1
         found = state(out) if code == 0 else {}

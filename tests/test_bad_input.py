@@ -289,7 +289,9 @@ CASES = {
     "file instead of a folder": (
         lambda model: load_model(__file__), "test_bad_input.py: expected a folder with config.json",
     ),
-    "unknown corpus": (lambda model: load_corpus("tiny-shakespear"), "neither a file nor one of tiny-shakespeare"),
+    "unknown corpus": (
+        lambda model: load_corpus("tiny-shakespear"), "neither a file nor one of tiny-shakespeare",
+    ),
     # data and analysis
     "period of one": (
         lambda model: repeated_tokens(2, 1, 9, 11, generator=generator()),

@@ -64,6 +64,7 @@ def _run(shell: Any, name: str, cell: Cell) -> list[Any]:
     from IPython.utils.capture import capture_output
 
     with capture_output() as captured:
+        shell.display_trap.hook = sys.displayhook  # the one that captures
         result = shell.run_cell(cell.source, silent=False)
     error = result.error_before_exec or result.error_in_exec
     if (error is not None) != (cell.kind == "raises"):
