@@ -11,8 +11,9 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-MARKED = re.compile(
-    r'<(?P<tag>div|span) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+MARKED = re.compile(  # a formula in $$ inside a sentence keeps one of its dollars at each end
+    r'\$?<(?P<tag>div|span) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>\$?',
+    re.DOTALL,
 )
 
 
