@@ -96,9 +96,10 @@ def target_of(source: Path) -> Path:
 def _common_hash() -> bytes:
     """Of everything that every page depends on: the package and the builder."""
     digest = hashlib.sha256()
+    builder = ("cells", "execute", "render", "reference")
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.js"),
-             *(DOCS / "sitegen" / f"{n}.py" for n in ("cells", "execute", "render", "reference")), Path(__file__), ROOT / "CHANGELOG.md",
-             ROOT / "CITATION.cff"]  # fmt: skip
+             *(DOCS / "sitegen" / f"{name}.py" for name in builder), Path(__file__),
+             ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"]  # fmt: skip
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.digest()

@@ -23,13 +23,13 @@ def to_markdown(cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: P
             continue
         if cell.kind != "show":
             parts.append(f"```python\n{cell.source}\n```")
-        parts += [_output(output, page, figures) for output in shown]
+        parts += [_output(output, cell, page, figures) for output in shown]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _output(output: Any, page: Path, figures: list[Path]) -> str:
+def _output(output: Any, cell: Cell, page: Path, figures: list[Path]) -> str:
     if output["output_type"] == "stream":
-        return _text(output["text"])
+        return _text(output["text"], " .error" if cell.kind == "raises" else "")
     data = output["data"]
     if "smearlens" in data.get("text/html", "")[:30]:
         return _widget(data["text/html"])
@@ -44,9 +44,9 @@ def _output(output: Any, page: Path, figures: list[Path]) -> str:
     return _text(data["text/plain"])
 
 
-def _text(text: str) -> str:
+def _text(text: str, extra: str = "") -> str:
     fence = "````" if "```" in text else "```"
-    return f"{fence} {{ .text .output }}\n{text.rstrip()}\n{fence}"
+    return f"{fence} {{ .text .output{extra} }}\n{text.rstrip()}\n{fence}"
 
 
 def _widget(html: str) -> str:

@@ -28,7 +28,8 @@ _HOMES = {
     "smearlens.training.config": ("TrainConfig",),
     "smearlens.training.loop": ("train",),
     "smearlens.nn.conv": ("DepthwiseConv", "KeySmear"),
-    "smearlens.analysis.mixing": ("Mixing", "mixings"),
+    "smearlens.analysis.layers": ("mixings",),
+    "smearlens.analysis.mixing": ("Mixing",),
     "smearlens.analysis.scores": ("Scores",),
     "smearlens.analysis.heads": (
         "duplicate_token_score", "induction_score", "prefix_matching_score", "prev_token_score",

@@ -6,6 +6,7 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -85,7 +86,7 @@ class Claims:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand; ends the process with its exit code."""
-    commands_by_name = {
+    commands_by_name: dict[str, Callable[..., object]] = {
         "compare": Compare, "experiment": Experiment, "train": Train, "analyze": Analyze,
         "audit": Audit, "claims": Claims,
     }  # fmt: skip

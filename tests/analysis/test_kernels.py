@@ -20,7 +20,8 @@ from smearlens import (
     smear_evidence,
 )
 from smearlens.analysis.kernels import composition_gain, only_layer, shifted
-from smearlens.analysis.mixing import ComposedMixing, mixings
+from smearlens.analysis.layers import mixings
+from smearlens.analysis.mixing import ComposedMixing
 
 
 def model_and_cache(tokens=None, **changes):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.models.zoo import VARIANTS, causal_models, every_model, over
+from tests.models.zoo import VARIANTS, causal_models, every_interface, every_model, over
 
 # The interface. Module (a pattern) → hook → axes; equal words are equal sizes within a model, or
 # within a module for those that `OWN` lists.
@@ -302,7 +302,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-@every_model
+@every_interface
 def test_an_exception_at_any_hook_leaves_nothing_behind(variant, model, run):
     first = next(iter(model.hook_dict))
     seen = Counter()

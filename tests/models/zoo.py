@@ -83,3 +83,6 @@ def over(*variants: Variant) -> pytest.MarkDecorator:
 
 every_model = over(*VARIANTS)
 causal_models = over(*(variant for variant in VARIANTS if variant.causal))
+every_interface = over(  # one model for each set of hook names
+    *{tuple(variant.factory().hook_dict): variant for variant in reversed(VARIANTS)}.values()
+)

@@ -1,8 +1,7 @@
 """The one path from rows of a mixing to `Scores`.
 
-Every per-head metric is a function of rows: it is given a block of them and says, per row, a value
-and whether it is defined there. This file does the rest the same way for all: masks, signed maps,
-streaming, chance (the same function on uniform attention), the control, the mean over valid rows.
+A per-head metric gives a value per row and says where it is defined. This file does the rest, for
+all alike: masks, signed maps, streaming, chance (on uniform attention), control, mean of valid rows.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smearlens.analysis.mixing import DenseMixing, Kind, Mixing, UniformMixing, mixings
+from smearlens.analysis.layers import Kind, mixings
+from smearlens.analysis.mixing import DenseMixing, Mixing, UniformMixing
 from smearlens.analysis.scores import Scores
 
 Normalise = Literal["abs", "softmax", "minmax", "none"]
@@ -102,8 +102,8 @@ class RowBlock:
         return (self.weights * target).sum(-1), target.any(-1)
 
 
+# Values, and where they are defined, each broadcastable to [batch head rows].
 RowFunction = Callable[[RowBlock], tuple[Tensor, Tensor]]
-"""A metric on rows: values and where they are defined, each broadcastable to [batch head rows]."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
 def _pattern_mixing(pattern: Tensor) -> Mixing:
     if pattern.ndim not in (2, 3, 4):
         raise ValueError(
-            f"a pattern is [batch head query key], [head query key] or [query key], "
-            f"got shape {tuple(pattern.shape)}"
+            "a pattern is [batch head query key], [head query key] or [query key], got shape "
+            f"{tuple(pattern.shape)}"
         )
     if not pattern.is_floating_point():
         raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")

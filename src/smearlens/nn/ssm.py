@@ -68,14 +68,7 @@ class SelectiveSSM(nn.Module):
         self.delta_kind, self.scale = delta, d_inner**-0.5 if scale_delta else 1.0
         self.low = dt_rank if delta == "selective" else 0  # width that the input gives to Δ
         self.x_proj = nn.Linear(d_inner, self.low + 2 * d_state, bias=False)  # Δ, B, C
-        if delta == "constant":
-            self.dt_bias = nn.Parameter(_delta_bias(d_inner))
-        else:
-            self.dt_proj = nn.Linear(dt_rank, d_inner)
-            nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-            self.dt_proj.bias = nn.Parameter(_delta_bias(d_inner))
-        if delta == "position":
-            self.dt_position = nn.Parameter(torch.randn(n_ctx, dt_rank) * 0.1)
+        self._add_delta_weights(d_inner, dt_rank, n_ctx)
         self.D = nn.Parameter(torch.ones(d_inner))
         if a == "learned":
             steps = torch.arange(1, d_state + 1, dtype=torch.float32)
@@ -137,6 +130,17 @@ class SelectiveSSM(nn.Module):
         if state is not None:
             state[f"{self.name}.state"] = last
         return self.hook_y(y + self.D * u) * self.hook_gate(F.silu(gate))
+
+    def _add_delta_weights(self, d_inner: int, dt_rank: int, n_ctx: int) -> None:
+        """The weights that this kind of Δ needs, and no others."""
+        if self.delta_kind == "constant":
+            self.dt_bias = nn.Parameter(_delta_bias(d_inner))
+            return
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        self.dt_proj.bias = nn.Parameter(_delta_bias(d_inner))
+        if self.delta_kind == "position":
+            self.dt_position = nn.Parameter(torch.randn(n_ctx, dt_rank) * 0.1)
 
     def _delta(self, low: Tensor, past: int) -> Tensor:
         """Δ = softplus(raw), raw as `delta_kind` says."""
