@@ -1,7 +1,7 @@
 """The one path from rows of a mixing to `Scores`.
 
-A per-head metric gives a value per row and says where it is defined. This file does the rest, for
-all alike: masks, signed maps, streaming, chance (on uniform attention), control, mean of valid rows.
+A per-head metric gives a value per row and says where it is defined. This file does the rest
+alike: masks, signed maps, streaming, chance (on uniform attention), control, mean of valid rows.
 """
 
 from __future__ import annotations
