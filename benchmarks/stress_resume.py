@@ -34,7 +34,7 @@ import accelerate  # noqa: F401 - imported here once, not in every child
 import torch
 from torch import nn
 
-from smearlens.models.base import family
+from smearlens.models.families import family
 from smearlens.training.checkpoint import list_checkpoints, read_checkpoint
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train

@@ -42,6 +42,7 @@ def main() -> int:
     wanted = {source: _stamp(source, common) for source in sources}
     stale = [source for source, stamp in wanted.items() if not stamp.exists()]
     os.environ.update(OMP_NUM_THREADS="1", SMEARLENS_PROGRESS="0", HF_HUB_OFFLINE="1")
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would like ipywidgets
     tutorials = [[source] for source in stale if source.suffix == ".py"]
     pages = [source for source in stale if source.suffix == ".md"]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:

@@ -23,8 +23,20 @@ def to_markdown(cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: P
             continue
         if cell.kind != "show":
             parts.append(f"```python\n{cell.source}\n```")
-        parts += [_output(output, cell, page, figures) for output in shown]
+        parts += [_output(output, cell, page, figures) for output in _joined(shown)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _joined(outputs: Sequence[Any]) -> list[Any]:
+    """Outputs with consecutive pieces of text in one."""
+    joined: list[Any] = []
+    for output in outputs:
+        streams = [o["output_type"] == "stream" for o in (*joined[-1:], output)]
+        if streams == [True, True]:
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + output["text"]}
+        else:
+            joined.append(output)
+    return joined
 
 
 def _output(output: Any, cell: Cell, page: Path, figures: list[Path]) -> str:

@@ -85,7 +85,7 @@ def _tiny_tasks():
 
 
 def test_parameters_are_matched_where_the_report_says_so():
-    from smearlens.models.base import family
+    from smearlens.models.families import family
 
     grid = cells(CompareConfig())
     sizes = {(c.task, c.name): family(c.model)(c.config).n_parameters for c in grid if c.seed == 0}

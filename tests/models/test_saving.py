@@ -18,7 +18,7 @@ from tests.models.zoo import SIZES, TOKENS, every_model
 
 import smearlens
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, ModelFileError, load_model
-from smearlens.models import base
+from smearlens.models import files
 
 SOURCES = sorted(Path(smearlens.__file__).parent.rglob("*.py"))
 
@@ -311,7 +311,7 @@ def test_paths_may_be_relative_or_in_the_home_folder(saved, monkeypatch, no_netw
 
 
 def test_a_model_of_the_package_is_found_by_name(saved, monkeypatch, no_network):
-    monkeypatch.setattr(base, "SHIPPED", saved.parent)
+    monkeypatch.setattr(files, "SHIPPED", saved.parent)
     assert ConvAttn.from_pretrained("model").config.n_ctx == 13
     with pytest.raises(ModelFileError, match=r"ships with the package \['model'\]"):
         ConvAttn.from_pretrained("modle")

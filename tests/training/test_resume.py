@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from smearlens.models.attn_attn import AttnAttn, AttnAttnConfig
-from smearlens.models.base import load_model
 from smearlens.models.conv_attn import ConvAttn, ConvAttnConfig
+from smearlens.models.families import load_model
 from smearlens.training import loop
 from smearlens.training.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from smearlens.training.config import TrainConfig

@@ -116,10 +116,9 @@ class SSMMixing(Mixing):
         """Entries M[i, i - lag] for i = lag, lag + 1, …; zeros for a negative lag."""
         first, last = self._extent(lag)
         entries = self._C.new_zeros(self.n_examples, last - first, self.n_heads)
-        for n in range(self._d_state if lag >= 0 else 0):
-            decay, gain = self._steps.window(n, lag)
-            weight = gain[:, : last - first] * self._C[:, first:last, n, None]
-            entries.addcmul_(decay.to(weight.dtype), weight)
+        if lag >= 0:
+            for C, (decay, gain) in zip(self._C.unbind(2), self._steps.windows(lag), strict=True):
+                entries.addcmul_(decay, gain[:, : last - first] * C[:, first:last, None])
         return entries.transpose(1, 2)
 
     def reconstruct(
@@ -180,10 +179,12 @@ class _Pair:
         """A_bar and B_bar there, [batch pos channel d_state]."""
         return self.A_bar[:, positions], self.B_bar[:, positions]
 
-    def window(self, n: int, lag: int) -> tuple[Tensor, Tensor]:
-        """Of state n: the decay over the `lag` steps that end at each i >= lag, and B_bar."""
-        a = self.A_bar[..., min(n, self.A_bar.shape[-1] - 1)]
-        return _window_products(a, lag), self.B_bar[..., n]
+    def windows(self, lag: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """State by state: the decay over the `lag` steps that end at each i >= lag, and B_bar."""
+        for a, b in zip(
+            self.A_bar.expand_as(self.B_bar).unbind(3), self.B_bar.unbind(3), strict=True
+        ):
+            yield _window_products(a, lag), b
 
 
 class _Delta:
@@ -208,16 +209,15 @@ class _Delta:
         A_bar, gain = FACTORS[self.rule](self.delta[:, positions, :, None], self.A)
         return A_bar, gain * self.B[:, positions, None]
 
-    def window(self, n: int, lag: int) -> tuple[Tensor, Tensor]:
-        """As `_Pair.window`; where A_bar = exp(delta·A), from the time elapsed."""
-        A = self.A[:, min(n, self.A.shape[1] - 1)]
-        A_bar, gain = FACTORS[self.rule](self.delta, A)
-        if self.rule == "bilinear":
-            decay = _window_products(A_bar, lag)
-        else:
-            passed = self.elapsed[:, lag:] - self.elapsed[:, : self.shape[1] - lag]
-            decay = torch.exp2((passed * (A * math.log2(math.e))).to(gain.dtype))
-        return decay, gain * self.B[..., n, None]
+    def windows(self, lag: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `_Pair.windows`; where A_bar = exp(delta·A), from the time that has passed."""
+        passed = self.elapsed[:, lag:] - self.elapsed[:, : self.shape[1] - lag]
+        passed = (passed * math.log2(math.e)).to(self.delta.dtype)
+        for A, B in zip(self.A.expand(-1, self.shape[3]).unbind(1), self.B.unbind(2), strict=True):
+            A_bar, gain = FACTORS[self.rule](self.delta, A)
+            products = self.rule == "bilinear"
+            decay = _window_products(A_bar, lag) if products else torch.exp2(passed * A)
+            yield decay, gain * B.unsqueeze(-1)
 
 
 def _bilinear(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from smearlens.data.corpora import CorpusError
-from smearlens.models.base import ModelFileError, family, load_model
+from smearlens.models.families import family, load_model
+from smearlens.models.files import ModelFileError
 from smearlens.training.checkpoint import CheckpointError
 from smearlens.training.nonfinite import NonFiniteError
 from smearlens.training.run import RunConflictError

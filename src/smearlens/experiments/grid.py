@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from smearlens._files import write_atomically
-from smearlens.models.base import HookedModel, family
+from smearlens.models.base import HookedModel
+from smearlens.models.families import family
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
 

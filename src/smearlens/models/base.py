@@ -1,37 +1,30 @@
-"""`HookedModel`: what every model shares. Strict hooks, presets, saving and loading.
+"""`HookedModel`: what every model shares: strict hooks, presets, saving and loading.
 
-Leaves out the forward pass: `models.decoder` has that of the decoder-only models.
+Leaves out the files of a saved model (`models.files`) and the forward pass (`models.decoder` has
+that of the decoder-only models).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from smearlens._files import from_dict, nearest, sha256, write_atomically
+from smearlens._files import from_dict, nearest
 from smearlens._hooks import ActivationCache, HookedRootModule, caching_hook
-
-FAMILIES = {  # class name in a config.json -> the module that defines it
-    "ConvAttn": "smearlens.models.conv_attn",
-    "AttnAttn": "smearlens.models.attn_attn",
-    "Mamba": "smearlens.models.mamba",
-}
-SCHEMA = 1  # of config.json
-SHIPPED = Path(__file__).parent / "pretrained"
+from smearlens.models.files import (
+    find_folder,
+    load_folder,
+    save_folder,
+    upload,
+)
 
 Model = TypeVar("Model", bound="HookedModel")
-
-
-class ModelFileError(Exception):
-    """A saved model that cannot be loaded: names the file, what was found, expected, a remedy."""
 
 
 @dataclass(frozen=True)
@@ -263,19 +256,7 @@ class HookedModel(HookedRootModule):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` (with its sha256) into `folder`."""
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().clone() for name, t in self.state_dict().items()}  # untied
-        write_atomically(folder / "model.safetensors", save(weights))
-        description = {
-            "schema": SCHEMA,
-            "model": type(self).__name__,
-            "config": asdict(self.config),
-            "sha256": sha256(folder / "model.safetensors"),
-        }
-        write_atomically(folder / "config.json", json.dumps(description, indent=2) + "\n")
+        save_folder(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls: type[Model], name: str | Path) -> Model:
@@ -284,23 +265,13 @@ class HookedModel(HookedRootModule):
         Raises:
             ModelFileError: for anything missing, unexpected, misshapen, altered or not finite
         """
-        return load_folder(cls, _find(name))
+        return load_folder(cls, find_folder(name))
 
     def push_to_hub(
         self, repository: str, *, private: bool = False, token: str | None = None
     ) -> str:
         """Upload weights, configuration and a card to the Hugging Face hub; returns the address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            write_atomically(Path(folder) / "README.md", model_card(self))
-            address = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(folder_path=folder, repo_id=repository)
-        return str(address)
+        return upload(self, repository, private=private, token=token)
 
 
 def preset_config(cls: type[HookedModel], name: str, **changes: Any) -> Any:
@@ -313,72 +284,6 @@ def preset_config(cls: type[HookedModel], name: str, **changes: Any) -> Any:
     return from_dict(cls.config_class, {**cls.presets[name].changes, **changes})
 
 
-def family(name: str) -> type[HookedModel]:
-    """The model class of that name."""
-    if name not in FAMILIES:
-        raise ValueError(f"unknown model class {name!r}; known: {sorted(FAMILIES)}")
-    return getattr(import_module(FAMILIES[name]), name)
-
-
-def load_model(path: str | Path) -> HookedModel:
-    """Load a saved model of whatever class its `config.json` names."""
-    folder = _find(path)
-    name = _description(folder)["model"]
-    if name not in FAMILIES:
-        raise ModelFileError(
-            f"{folder / 'config.json'}: found a model of class {name!r}, expected one "
-            f"of {sorted(FAMILIES)}; update smearlens or restore the file"
-        )
-    return load_folder(family(name), folder)
-
-
-def load_folder(cls: type[Model], folder: Path) -> Model:
-    """Build the model that `folder` describes and fill it with its weights, checking everything."""
-    description = _description(folder)
-    if description["model"] != cls.__name__:
-        raise ModelFileError(
-            f"{folder / 'config.json'}: found a model of class {description['model']}, expected "
-            f"{cls.__name__}; use {description['model']}.from_pretrained, or load_model for any"
-        )
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        raise ModelFileError(f"{weights}: missing; save the model again with save_pretrained")
-    found = sha256(weights)
-    if found != description["sha256"]:
-        raise ModelFileError(
-            f"{weights}: sha256 is {found}, config.json expects {description['sha256']}; "
-            "the file was altered or cut off: fetch or save it again"
-        )
-    try:
-        model = cls(from_dict(cls.config_class, description["config"], str(folder / "config.json")))
-    except ValueError as error:
-        raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
-    state = _weights(weights)
-    model.to(next(iter(state.values())).dtype)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ModelFileError(
-            f"{weights}: does not fit config.json, which expects other weights ({error}); "
-            "save the model again with save_pretrained"
-        ) from error
-    return model.eval()
-
-
-def model_card(model: HookedModel) -> str:
-    """A short model card: class, sizes, hooks, and how to load it."""
-    name = type(model).__name__
-    rows = "\n".join(f"| `{key}` | {value} |" for key, value in asdict(model.config).items())
-    return (
-        f"---\nlibrary_name: smearlens\ntags: [smearlens, mechanistic-interpretability]\n---\n\n"
-        f"# {name}, {model.n_parameters:,} parameters\n\n"
-        f"```python\nfrom smearlens import {name}\n\n"
-        f'model = {name}.from_pretrained("this repository")\n```\n\n'
-        f"{len(model.hook_dict)} hook points; `list(model.hook_dict)` names them.\n\n"
-        f"| setting | value |\n|---|---|\n{rows}\n"
-    )
-
-
 def _require_scalar(output: Any) -> None:
     """Raise a ValueError unless `output` is something to run backward from."""
     if not (isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad):
@@ -387,74 +292,3 @@ def _require_scalar(output: Any) -> None:
             f"incl_bwd runs backward from a scalar that depends on weights, got {given}; "
             "pass return_type='loss', and enable gradients"
         )
-
-
-def _find(name: str | Path) -> Path:
-    """The folder a name stands for; the network is asked only for `owner/name`."""
-    given, text = Path(name).expanduser(), str(name)
-    for folder in (given, SHIPPED / text):
-        if (folder / "config.json").is_file():
-            return folder
-    shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
-    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
-    if local or given.exists() or given.parent.exists():
-        found = sorted(p.name for p in given.iterdir()) if given.is_dir() else "no such folder"
-        raise ModelFileError(
-            f"{text}: expected a folder with config.json and model.safetensors, found {found}; "
-            f"write one with save_pretrained, or name a model that ships with the package "
-            f"{shipped} or, as owner/name, one on the hub"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:
-        raise ModelFileError(
-            f"{text}: no local folder, and could not be fetched from the hub ({error}); "
-            f"shipped with the package: {shipped}"
-        ) from error
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    """The contents of `config.json`, its outline checked."""
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text())
-        if found["schema"] != SCHEMA:
-            raise ModelFileError(
-                f"{path}: found schema {found['schema']!r}, expected {SCHEMA}; update smearlens, "
-                "or save the model again with save_pretrained"
-            )
-        description = {key: found[key] for key in ("model", "config", "sha256")}
-        if not all(isinstance(description[key], str) for key in ("model", "sha256")):
-            raise TypeError("model and sha256 must be strings")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(
-            f"{path}: found no model description ({error!r}), expected an object with schema, "
-            "model, config, sha256; restore it or save the model again with save_pretrained"
-        ) from error
-    return description
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: of one floating dtype, and finite."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    remedy = "train the model again, or fetch or save the file again"
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ModelFileError(f"{path}: not a safetensors file ({error}); {remedy}") from error
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        found = sorted(str(dtype) for dtype in dtypes)
-        raise ModelFileError(
-            f"{path}: found weights of {found}, expected one floating dtype; {remedy}"
-        )
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ModelFileError(
-                f"{path}: found a value in {name} that is not finite, expected none; {remedy}"
-            )
-    return state

@@ -1,0 +1,173 @@
+"""The files of a saved model: `model.safetensors` and `config.json`, written whole, read strictly.
+
+Works for any class with a `config` and a `config_class`. Leaves out which classes there are
+(`models.base`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from smearlens._files import from_dict, sha256, write_atomically
+
+SCHEMA = 1  # of config.json
+SHIPPED = Path(__file__).parent / "pretrained"
+
+
+class ModelFileError(Exception):
+    """A saved model that cannot be loaded: names the file, what was found, expected, a remedy."""
+
+
+def save_folder(model: Any, folder: Path) -> None:
+    """Write the weights of `model`, then `config.json` with their sha256."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}  # untied
+    write_atomically(folder / "model.safetensors", save(weights))
+    description = {
+        "schema": SCHEMA,
+        "model": type(model).__name__,
+        "config": asdict(model.config),
+        "sha256": sha256(folder / "model.safetensors"),
+    }
+    write_atomically(folder / "config.json", json.dumps(description, indent=2) + "\n")
+
+
+def load_folder(cls: Any, folder: Path) -> Any:
+    """Build the model that `folder` describes and fill it with its weights, checking everything."""
+    description = read_description(folder)
+    if description["model"] != cls.__name__:
+        raise ModelFileError(
+            f"{folder / 'config.json'}: found a model of class {description['model']}, expected "
+            f"{cls.__name__}; use {description['model']}.from_pretrained, or load_model for any"
+        )
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise ModelFileError(f"{weights}: missing; save the model again with save_pretrained")
+    found = sha256(weights)
+    if found != description["sha256"]:
+        raise ModelFileError(
+            f"{weights}: sha256 is {found}, config.json expects {description['sha256']}; "
+            "the file was altered or cut off: fetch or save it again"
+        )
+    try:
+        model = cls(from_dict(cls.config_class, description["config"], str(folder / "config.json")))
+    except ValueError as error:
+        raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
+    state = read_weights(weights)
+    model.to(next(iter(state.values())).dtype)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"{weights}: does not fit config.json, which expects other weights ({error}); "
+            "save the model again with save_pretrained"
+        ) from error
+    return model.eval()
+
+
+def upload(model: Any, repository: str, *, private: bool, token: str | None) -> str:
+    """Put a saved model and its card on the Hugging Face hub; returns the address."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_folder(model, folder)
+        write_atomically(folder / "README.md", model_card(model))
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    return str(address)
+
+
+def model_card(model: Any) -> str:
+    """A short model card: class, sizes, hooks, and how to load it."""
+    name = type(model).__name__
+    rows = "\n".join(f"| `{key}` | {value} |" for key, value in asdict(model.config).items())
+    return (
+        f"---\nlibrary_name: smearlens\ntags: [smearlens, mechanistic-interpretability]\n---\n\n"
+        f"# {name}, {model.n_parameters:,} parameters\n\n"
+        f"```python\nfrom smearlens import {name}\n\n"
+        f'model = {name}.from_pretrained("this repository")\n```\n\n'
+        f"{len(model.hook_dict)} hook points; `list(model.hook_dict)` names them.\n\n"
+        f"| setting | value |\n|---|---|\n{rows}\n"
+    )
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder a name stands for; the network is asked only for `owner/name`."""
+    given, text = Path(name).expanduser(), str(name)
+    for folder in (given, SHIPPED / text):
+        if (folder / "config.json").is_file():
+            return folder
+    shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
+    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
+    if local or given.exists() or given.parent.exists():
+        found = sorted(p.name for p in given.iterdir()) if given.is_dir() else "no such folder"
+        raise ModelFileError(
+            f"{text}: expected a folder with config.json and model.safetensors, found {found}; "
+            f"write one with save_pretrained, or name a model that ships with the package "
+            f"{shipped} or, as owner/name, one on the hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:
+        raise ModelFileError(
+            f"{text}: no local folder, and could not be fetched from the hub ({error}); "
+            f"shipped with the package: {shipped}"
+        ) from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The contents of `config.json`, its outline checked."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] != SCHEMA:
+            raise ModelFileError(
+                f"{path}: found schema {found['schema']!r}, expected {SCHEMA}; update smearlens, "
+                "or save the model again with save_pretrained"
+            )
+        description = {key: found[key] for key in ("model", "config", "sha256")}
+        if not all(isinstance(description[key], str) for key in ("model", "sha256")):
+            raise TypeError("model and sha256 must be strings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"{path}: found no model description ({error!r}), expected an object with schema, "
+            "model, config, sha256; restore it or save the model again with save_pretrained"
+        ) from error
+    return description
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: of one floating dtype, and finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    remedy = "train the model again, or fetch or save the file again"
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ModelFileError(f"{path}: not a safetensors file ({error}); {remedy}") from error
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        found = sorted(str(dtype) for dtype in dtypes)
+        raise ModelFileError(
+            f"{path}: found weights of {found}, expected one floating dtype; {remedy}"
+        )
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ModelFileError(
+                f"{path}: found a value in {name} that is not finite, expected none; {remedy}"
+            )
+    return state
