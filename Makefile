@@ -1,6 +1,7 @@
 # make demo    train, judge and report: runs/compare/report.html
 # make test    the tests
 # make check   everything CI checks: format, lint, types, tests
+# make docs    the documentation, every output computed: site/index.html
 # make bench   speed and memory as ratios in one process
 # make stress  kill training at random moments and compare every byte
 # Each installs into .venv first if that is missing or older than the project's own files.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check format lint types bench stress clean
+.PHONY: demo test check format lint types docs bench stress clean
 
 demo: .venv/installed
 	$(BIN)/smearlens compare --out runs/compare
@@ -30,6 +31,10 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/pyrefly check
 
+docs: .venv/installed-docs
+	$(TORCH_THREADS) $(BIN)/python docs/build_tutorials.py
+	$(BIN)/mkdocs build --strict
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
@@ -39,6 +44,10 @@ stress: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:
