@@ -13,9 +13,8 @@
 # single layer writes that into the key. Two things can: a convolution before the attention, or a
 # *smeared key*, a learned mixture of each key with the one before it (Olsson et al. 2022).
 #
-# Three models of the same size, trained on repeated random tokens: attention alone (the control),
-# attention after a causal convolution of three taps, attention with smeared keys.
-
+# Three models of the same size, trained equally long on repeated random tokens: attention alone
+# (the control), attention after a causal convolution of three taps, attention with smeared keys.
 # %%
 import matplotlib.pyplot as plt
 import torch
@@ -45,9 +44,9 @@ def trained(steps, period=(8, 20), **changes):
 
 
 models = {
-    "attention alone": trained(200, conv_on=None),
+    "attention alone": trained(400, conv_on=None, residual=True),
     "convolution": trained(400, residual=True),
-    "smeared keys": trained(300, conv_on=None, smear=True),
+    "smeared keys": trained(400, conv_on=None, smear=True, residual=True),
 }
 
 # %% [markdown]
