@@ -152,8 +152,8 @@ def against_peers(shape: Shape, index: int, *, slow: bool) -> list[Row]:
         rows.append(compare(name, shape, *sides, 1 / times[index], rounds=5))
         rows.append(row(f"difference from {peer.__name__}", shape, _error(*sides), TOLERANCE))
     for peer, times in SLOW.items() if slow else ():
-        name = f"scan / {peer.__name__}, forward + backward, once"
-        rows.append(row(name, shape, _once(gradients(ours), gradients(peer)), 1 / times[index]))
+        name = f"scan / {peer.__name__}, forward + backward, few"
+        rows.append(row(name, shape, _few(gradients(ours), gradients(peer)), 1 / times[index]))
     return rows
 
 
@@ -197,10 +197,12 @@ def _error(
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def _once(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
-    """One timing of a peer that takes seconds to minutes."""
+def _few(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
+    """A few timings of a slow peer: three, or one if it takes longer than ten seconds."""
     ours()
-    return median(_seconds(ours) for _ in range(5)) / _seconds(theirs)
+    first = _seconds(theirs)
+    timings = [first] if first > 10 else [first, _seconds(theirs), _seconds(theirs)]
+    return median(_seconds(ours) for _ in range(9)) / median(timings)
 
 
 def _seconds(run: Callable[[], object]) -> float:
