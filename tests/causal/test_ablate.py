@@ -168,6 +168,22 @@ def test_a_state_space_role_changes_alone(tokens, generator):
     torch.testing.assert_close(effect.changed, expected)
 
 
+def test_a_state_space_role_leaves_the_others_as_they_were(tokens, generator):
+    """u feeds B, C and Δ: taking its lags away must not take theirs."""
+    model = Mamba(MambaConfig(d_vocab=13, d_model=16, n_layers=1, n_ctx=17, d_state=5)).eval()
+    _, now = model.run_with_cache(tokens)
+    with model.hooks(present_only(model)):
+        _, plain = model.run_with_cache(tokens)
+    ssm, point = model.blocks[0].ssm, "blocks.0.ssm.hook_"
+    u, (delta, b, c) = plain[point + "u"], (now[point + name] for name in ("delta", "B", "C"))
+    y, _ = selective_scan(u, delta, ssm.A, b, c)
+    out = (y + ssm.D * u) * now[point + "gate"]
+    stream = now["blocks.0.hook_resid_pre"] + model.blocks[0].out_proj(out)
+    expected = model.unembed(model.ln_final(stream))[:, -1, 0]
+    effect = role_without_lags(model, tokens, ["u"], metric=last_logit, generator=generator)
+    torch.testing.assert_close(effect.changed, expected)
+
+
 def test_an_effect_knows_its_interval():
     effect = Effect("x", torch.tensor([1.0, 2, 3]), torch.tensor([0.5, 1.5, 2.5]))
     assert effect.mean() == pytest.approx(-0.5)

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from smearlens.cli import main
 from smearlens.experiments import smeared_keys
@@ -56,6 +57,18 @@ def test_the_folder_holds_numbers_tables_and_figures(study):
     assert len(list((study.folder / "figures").glob("*.png"))) == 4
     for measures in result["measures"]:
         assert measures["steps"] == (2 if measures["task"] == "text" else 3)
+
+
+def test_every_seed_starts_from_weights_of_its_own(study):
+    from smearlens.models.families import family, load_model
+
+    for cell in cells(TINY):
+        if cell.task == "fixed":
+            start = load_model(study.folder / "runs" / cell.folder / "checkpoints" / "step-000000")
+            torch.manual_seed(cell.seed)
+            expected = family(cell.model)(cell.config).state_dict()
+            found = start.state_dict()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_running_again_trains_nothing(study, monkeypatch):
