@@ -134,8 +134,7 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
         "final_train_loss": result.log("metrics")[-1]["loss"],
         **task.measure(model, cell),
     }
+    seconds = f"{time.perf_counter() - started:.1f}\n"  # apart: measures are equal everywhere
+    write_atomically(folder / "seconds.txt", seconds)
     write_atomically(folder / "measures.json", json.dumps(measures, indent=1) + "\n")
-    write_atomically(
-        folder / "seconds.txt", f"{time.perf_counter() - started:.1f}\n"
-    )  # kept apart: measures are the same on every machine, times are not
     return measures

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,7 +87,6 @@ def compare(config: CompareConfig, out: Path, *, jobs: int = 1, command: str = "
 
     out.mkdir(parents=True, exist_ok=True)
     _same_study(out, config)
-    started = time.perf_counter()
     found = run_grid(cells(config), partial(tasks, config), out, jobs=jobs)
     verdicts = judge(found)
     study = {
@@ -101,7 +99,7 @@ def compare(config: CompareConfig, out: Path, *, jobs: int = 1, command: str = "
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds_in_cells": round(seconds_in_cells(config, out), 1),  # summed over processes
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         "measures": found,
     }
@@ -156,6 +154,12 @@ def cells(config: CompareConfig) -> list[Cell]:
         for task, name, model, steps in grid
         for seed in range(config.seeds)
     ]
+
+
+def seconds_in_cells(config: CompareConfig, out: Path) -> float:
+    """What training and measuring took, in whichever calls it happened."""
+    folders = (out / "runs" / cell.folder for cell in cells(config))
+    return sum(float((folder / "seconds.txt").read_text()) for folder in folders)
 
 
 def tasks(config: CompareConfig) -> dict[str, Task]:

@@ -186,7 +186,8 @@ def converges_faster(measures: Measures) -> Verdict:
     because = {
         "supported": f"On tiny Shakespeare ({sizes}, equal positions, steps and data) the causal "
         "convolution model has the lower loss half-way and at the end, beyond the spread of the "
-        "seeds. The size of the gap in the write-up is another matter: its kernel had taps that read ahead.",
+        "seeds. The size of the gap in the write-up is another matter: its kernel had taps that "
+        "read ahead.",
         "refuted": f"On tiny Shakespeare ({sizes}) the two-layer model ends lower.",
         "undecided": f"On tiny Shakespeare ({sizes}) the difference is within the seeds' noise.",
     }[outcome]

@@ -239,7 +239,7 @@ def _page(study: Study, pictures: dict[str, bytes], tables: dict[str, list[list[
             parts.append(page.table(tables[table]))
         if picture == "stripes":
             parts += [page_bundle(), head_maps(study)]
-    settings = {key: study[key] for key in ("command", "config", "versions", "seconds")}
+    settings = {key: study[key] for key in ("command", "config", "versions", "seconds_in_cells")}
     parts.append(
         "<h2>To run it again</h2>"
         f"<pre>{html.escape(study['command'] or 'smearlens compare')}</pre>"
