@@ -33,13 +33,19 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Run a study by name: mamba-induction."""
+    """Run a study by name (a wrong name lists them): verdicts, tables and a report.
+
+    Writes OUT/report.html, OUT/result.json, tables and figures. Repeating the command continues
+    where it stopped.
+    """
 
     name: Annotated[str, tyro.conf.Positional]  # of the study
     out: Path | None = None  # folder of the study; default runs/NAME
-    seeds: int = 3  # independent runs of every model
+    quick: bool = False  # few seeds and updates: to see it work, not to be convinced
+    seeds: int | None = None  # independent runs of every model; default: the study's own
     steps: int | None = None  # updates per model; default: the study's own
     jobs: int = 2  # processes; results do not depend on it
+    force: bool = False  # delete what OUT holds of an earlier study and start over
 
 
 @dataclass(frozen=True, kw_only=True)

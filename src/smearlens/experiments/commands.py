@@ -55,36 +55,43 @@ def compare(options: Any) -> str:
         shutil.rmtree(options.out)
     line = shlex.join(["smearlens", *sys.argv[1:]])
     result = smeared_keys.compare(config, options.out, jobs=options.jobs, command=line)
-    lines = [
-        f"claim {v.claim.number}: {v.outcome.upper()} ({v.n_seeds} seeds)\n  “{v.claim.statement}”"
-        f"\n  {v.because}"
-        for v in result.verdicts
-    ]
+    lines = [_verdict_line(verdict.to_dict()) for verdict in result.verdicts]
     return "\n".join([*lines, f"\nreport: {result.report}"])
 
 
 def experiment(options: Any) -> str:
     """A study by name."""
+    from dataclasses import fields, replace
     from pathlib import Path
 
-    from smearlens._files import nearest
-    from smearlens.experiments import mamba_induction
+    from smearlens.experiments.study import study_named
 
-    studies = {"mamba-induction": (mamba_induction.MambaInductionConfig, mamba_induction.run)}
-    if options.name not in studies:
+    config_class, run_study = study_named(options.name)
+    known = {field.name for field in fields(config_class)}
+    chosen = {k: getattr(options, k) for k in ("seeds", "steps") if getattr(options, k) is not None}
+    if missing := sorted(chosen.keys() - known):
         raise ValueError(
-            f"no study {options.name!r}; nearest: {nearest(options.name, studies)}, "
-            f"known: {sorted(studies)}"
+            f"{options.name} has no {missing[0]!r}; its sizes: {sorted(known)}, set from Python"
         )
-    config, run_study = studies[options.name]
-    chosen: dict[str, Any] = {"seeds": options.seeds}
-    if options.steps is not None:
-        chosen["steps"] = options.steps
+    config = config_class()
+    if options.quick:
+        config = config.quick()
+    config = replace(config, **chosen)
     out = options.out or Path("runs") / options.name
+    if options.force and (out / "study.json").exists():
+        shutil.rmtree(out)
     line = shlex.join(["smearlens", *sys.argv[1:]])
-    study = run_study(config(**chosen), out, jobs=options.jobs, command=line)
-    lines = [f"{v['outcome'].upper()}: {v['because']}" for v in study["verdicts"]]
-    return "\n".join([*lines, (out / "table.md").read_text()])
+    study = run_study(config, out, jobs=options.jobs, command=line)
+    lines = [_verdict_line(v) for v in study["verdicts"]]
+    return "\n".join([*lines, f"\nreport: {out / 'report.html'}"])
+
+
+def _verdict_line(verdict: dict[str, Any]) -> str:
+    claim = verdict["claim"]
+    return (
+        f"claim {claim['number']}: {verdict['outcome'].upper()} ({verdict['n_seeds']} seeds)\n"
+        f"  “{claim['statement']}”\n  {verdict['because']}"
+    )
 
 
 def train(options: Any) -> str:

@@ -21,6 +21,7 @@ from smearlens.models.base import HookedModel
 from smearlens.models.families import family
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
+from smearlens.training.tracking import Callback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,15 @@ class Task:
         data: seed to a data source (`batch(step)`)
         evaluate: model to numbers, for the learning curve
         measure: model and cell to the numbers of the study
+        callbacks: called at every step of training
+        logs: of those callbacks, to be kept with the measures
     """
 
     data: Callable[[int], Any]
     evaluate: Callable[[Any], dict[str, float]]
     measure: Callable[[HookedModel, Cell], dict[str, Any]]
+    callbacks: Sequence[Callback] = ()
+    logs: Sequence[str] = ()
 
 
 def run_grid(
@@ -120,7 +125,10 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         model = cls(cell.config)
-    result = train(model, task.data(cell.seed), cell.train, out=folder, evaluate=task.evaluate)
+    result = train(
+        model, task.data(cell.seed), cell.train,
+        out=folder, evaluate=task.evaluate, callbacks=task.callbacks,
+    )  # fmt: skip
     model.eval()
     measures = {
         "name": cell.name,
@@ -132,6 +140,7 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
         "steps": cell.train.steps,
         "curve": result.log("evaluation"),
         "final_train_loss": result.log("metrics")[-1]["loss"],
+        **{name: result.log(name) for name in task.logs},
         **task.measure(model, cell),
     }
     seconds = f"{time.perf_counter() - started:.1f}\n"  # apart: measures are equal everywhere

@@ -2,27 +2,24 @@
 
 Here: the grid of its short form, the main job `smearlens compare`, and what runs it. Leaves out the
 numbers taken from each model (`experiments.measures`), the verdicts (`experiments.verdicts`) and
-how they are shown (`viz.report`).
+how they are shown (`viz.compare_report`).
 """
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import smearlens
-from smearlens._files import write_atomically
 from smearlens.data.batches import RepeatBatches, TokenBatches
 from smearlens.data.corpora import load_corpus
 from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments import measures
 from smearlens.experiments.grid import Cell, Task, run_grid
+from smearlens.experiments.study import open_study, write_result
 from smearlens.experiments.verdicts import judge
 from smearlens.models.attn_attn import AttnAttnConfig
 from smearlens.models.base import HookedModel
@@ -83,27 +80,15 @@ def compare(config: CompareConfig, out: Path, *, jobs: int = 1, command: str = "
     Raises:
         ValueError: if `out` holds a comparison with another configuration
     """
-    from smearlens.viz.report import write_compare_report
+    from smearlens.viz.compare_report import write_compare_report
 
-    out.mkdir(parents=True, exist_ok=True)
-    _same_study(out, config)
+    open_study(out, config)
     found = run_grid(cells(config), partial(tasks, config), out, jobs=jobs)
     verdicts = judge(found)
-    study = {
-        "study": "smeared keys, short form",
-        "command": command,
-        "config": asdict(config),
-        "recipe": RECIPE,
-        "versions": {
-            "smearlens": smearlens.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "seconds_in_cells": round(seconds_in_cells(config, out), 1),  # summed over processes
-        "verdicts": [verdict.to_dict() for verdict in verdicts],
-        "measures": found,
-    }
-    write_atomically(out / "result.json", json.dumps(study) + "\n")
+    study = write_result(
+        out, study="smeared keys, short form", command=command, config=config, recipe=RECIPE,
+        verdicts=verdicts, measures=found, cells=cells(config),
+    )  # fmt: skip
     report = write_compare_report(study, out)
     return Result(out, report, verdicts, found)
 
@@ -154,12 +139,6 @@ def cells(config: CompareConfig) -> list[Cell]:
         for task, name, model, steps in grid
         for seed in range(config.seeds)
     ]
-
-
-def seconds_in_cells(config: CompareConfig, out: Path) -> float:
-    """What training and measuring took, in whichever calls it happened."""
-    folders = (out / "runs" / cell.folder for cell in cells(config))
-    return sum(float((folder / "seconds.txt").read_text()) for folder in folders)
 
 
 def tasks(config: CompareConfig) -> dict[str, Task]:
@@ -228,17 +207,3 @@ def _recipe(config: CompareConfig, steps: int, seed: int) -> TrainConfig:
         checkpoint_every=steps,
         eval_every=max(1, steps // 12),
     )
-
-
-def _same_study(out: Path, config: CompareConfig) -> None:
-    """Refuse a folder that another configuration was run in."""
-    path = out / "study.json"
-    now = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
-    if path.exists() and path.read_text() != now:
-        before = json.loads(path.read_text())
-        changed = {k: (before.get(k), v) for k, v in asdict(config).items() if before.get(k) != v}
-        raise ValueError(
-            f"out={out} holds a comparison with another configuration (before, now): {changed}; "
-            "choose another --out, or --force to start over"
-        )
-    write_atomically(path, now)

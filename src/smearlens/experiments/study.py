@@ -1,0 +1,108 @@
+"""What every study shares: its place in the registry, its folder, its result file.
+
+A study is a module with a frozen dataclass of sizes, whose `quick()` is the same in two minutes,
+and `run(config, out, *, jobs, command)`, which trains, judges, writes `result.json` and
+`report.html` into `out` and returns the study; repeating it continues where it stopped. Leaves out
+the grid of runs (`experiments.grid`) and the pages (`viz.report`).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smearlens
+from smearlens._files import nearest, write_atomically
+from smearlens.experiments.claims import Verdict
+from smearlens.experiments.grid import Cell
+
+STUDIES = {  # name on the command line -> module, name of its configuration
+    "mamba-induction": ("smearlens.experiments.mamba_induction", "MambaInductionConfig"),
+}
+
+
+def study_named(name: str) -> tuple[type, Callable[..., dict[str, Any]]]:
+    """Configuration class and `run` of a study."""
+    if name not in STUDIES:
+        raise ValueError(
+            f"no study {name!r}; nearest: {nearest(name, STUDIES)}, known: {sorted(STUDIES)}"
+        )
+    module = import_module(STUDIES[name][0])
+    return getattr(module, STUDIES[name][1]), module.run
+
+
+def open_study(out: Path, config: Any) -> None:
+    """Make the folder of a study, or find that it is one of the same configuration.
+
+    Raises:
+        ValueError: if `out` holds a study with another configuration, naming what differs
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "study.json"
+    now = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+    if path.exists() and path.read_text() != now:
+        before = json.loads(path.read_text())
+        new = json.loads(now)
+        changed = {k: (before.get(k), v) for k, v in new.items() if before.get(k) != v}
+        raise ValueError(
+            f"out={out} holds a study with another configuration (before, now): {changed}; "
+            "choose another --out, or --force to start over"
+        )
+    write_atomically(path, now)
+
+
+def write_result(
+    out: Path,
+    *,
+    study: str,
+    command: str,
+    config: Any,
+    recipe: str,
+    verdicts: Sequence[Verdict],
+    measures: Sequence[dict[str, Any]],
+    cells: Sequence[Cell] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """Write `result.json` and return its contents.
+
+    Args:
+        out: folder of the study
+        study: its name in words
+        command: the command line
+        config: the dataclass of its sizes
+        recipe: how every model was trained, in a sentence or two
+        verdicts: on the claims it touches
+        measures: of every run
+        cells: the runs, whose time is summed up
+        **more: anything else a report needs, plain numbers and text
+    """
+    contents = {
+        "study": study,
+        "command": command,
+        "config": asdict(config),
+        "recipe": recipe,
+        "versions": {
+            "smearlens": smearlens.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds_in_cells": round(seconds_in_cells(cells, out), 1),  # summed over processes
+        "verdicts": [verdict.to_dict() for verdict in verdicts],
+        "measures": list(measures),
+        **more,
+    }
+    write_atomically(out / "result.json", json.dumps(contents) + "\n")
+    return contents
+
+
+def seconds_in_cells(cells: Sequence[Cell], out: Path) -> float:
+    """What training and measuring took, in whichever calls it happened."""
+    folders = (out / "runs" / cell.folder for cell in cells)
+    return sum(float((folder / "seconds.txt").read_text()) for folder in folders)
