@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from smearlens.training.config import TrainConfig
-from smearlens.training.loggers import LogTo, MissingExtraError
+from smearlens._extras import MissingExtraError
+from smearlens.training.loggers import LogTo
 from smearlens.training.loop import train
 
 

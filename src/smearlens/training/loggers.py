@@ -6,16 +6,12 @@ Each service is loaded when its callback is made. Leaves out what is logged: `tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
+from smearlens._extras import extra
 from smearlens.training.tracking import Moment
 
 SERVICES = ("tensorboard", "trackio", "wandb")
-
-
-class MissingExtraError(ImportError):
-    """A package is missing that only an extra of smearlens installs: names it and the pip line."""
 
 
 class LogTo:
@@ -61,13 +57,3 @@ class LogTo:
             return
         row = {"loss": moment.loss, **(self.values(moment) if self.values else {})}
         self._send(row, moment.step)
-
-
-def extra(module: str, name: str) -> Any:
-    """Import `module`, which the extra `name` of smearlens installs."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{module} is not installed; it comes with an extra: pip install 'smearlens[{name}]'"
-        ) from error
