@@ -7,6 +7,8 @@ import pytest
 import torch
 from tests.models.zoo import VARIANTS, causal_models, every_interface, every_model, over
 
+from smearlens.nn.attention import Attention
+
 # The interface. Module (a pattern) → hook → axes; equal words are equal sizes within a model, or
 # within a module for those that `OWN` lists.
 OWN = ("channel", "tap", "d_mlp", "d_state")
@@ -23,6 +25,13 @@ ATTENTION = {
     "hook_attn_scores": "batch head pos pos",
     "hook_pattern": "batch head pos pos",
 }
+CROSS = {
+    **ATTENTION,
+    "hook_k": "batch source head d_head",
+    "hook_v": "batch source head d_head",
+    "hook_attn_scores": "batch head pos source",
+    "hook_pattern": "batch head pos source",
+}
 SSM = {
     **dict.fromkeys(
         ["hook_u", "hook_delta_raw", "hook_delta", "hook_gate", "hook_y"], "batch pos channel"
@@ -33,18 +42,20 @@ SSM = {
     ),
 }
 STREAM = dict.fromkeys(["hook_resid_pre", "hook_resid_post"], "batch pos d_model")
+SIDE = r"((en|de)coder\.)?"  # of an encoder-decoder
 TABLE = {
-    r"": {"hook_embed": "batch pos d_model"},
-    r"blocks\.\d+": STREAM,
-    r"blocks\.\d+\.attn": ATTENTION,
+    r"(encoder|decoder)?": {"hook_embed": "batch pos d_model"},
+    SIDE + r"blocks\.\d+": STREAM,
+    SIDE + r"blocks\.\d+\.attn": ATTENTION,
+    r"decoder\.blocks\.\d+\.cross_attn": CROSS,
     r"blocks\.\d+\.attn\.smear": {"hook_weight": "head"},
     r"blocks\.\d+\.attn\.conv_[qkv]": CONV,
     r"blocks\.\d+\.conv": CONV,
     r"blocks\.\d+\.ssm": SSM,
-    r"blocks\.\d+\.mlp": {"hook_post": "batch pos d_mlp"},
+    SIDE + r"blocks\.\d+\.mlp": {"hook_post": "batch pos d_mlp"},
 }
 # Hooks that come with a part of the model: present exactly if the part is.
-WITH_PART = {f"hook_{part}_out": part for part in ("attn", "conv", "ssm", "mlp")}
+WITH_PART = {f"hook_{part}_out": part for part in ("attn", "cross_attn", "conv", "ssm", "mlp")}
 
 
 @pytest.fixture
@@ -59,23 +70,32 @@ def interface(names):
     for module in modules:
         (rows,) = [rows for pattern, rows in TABLE.items() if re.fullmatch(pattern, module)]
         expected |= {f"{module}.{hook}".lstrip("."): axes for hook, axes in rows.items()}
-        if re.fullmatch(r"blocks\.\d+", module):
+        if re.fullmatch(SIDE + r"blocks\.\d+", module):
             for hook, part in WITH_PART.items():
                 inside = part == "conv" and f"{module}.ssm" in modules
                 if f"{module}.{part}" in modules and not inside:
                     expected[f"{module}.{hook}"] = "batch pos d_model"
-    return expected
+    return {
+        name: axes.replace("pos", "source") if name.startswith("encoder.") else axes
+        for name, axes in expected.items()
+    }
 
 
 @every_model
 def test_hooks_have_the_names_and_shapes_of_the_interface(variant, model):
     expected = interface(model.hook_dict)
-    if model.pos_embed is not None:
-        expected["hook_pos_embed"] = "batch pos d_model"
+    stacks = {"": model} if variant.source is None else dict(model.named_children())
+    stacks.pop("unembed", None)
+    for side, stack in stacks.items():
+        axes = "batch source d_model" if side == "encoder" else "batch pos d_model"
+        if stack.pos_embed is not None:
+            expected[f"{side}.hook_pos_embed".lstrip(".")] = axes
+        last = f"{side}.blocks.{model.config.n_layers - 1}.hook_resid_post"
+        assert last.lstrip(".") in expected
     assert set(model.hook_dict) == set(expected)
-    assert f"blocks.{model.config.n_layers - 1}.hook_resid_post" in expected
-    _, cache = model.run_with_cache(variant.tokens)
+    _, cache = model.run_with_cache(*variant.inputs)
     sizes = dict(zip(("batch", "pos"), variant.tokens.shape, strict=True))
+    sizes["source"] = 0 if variant.source is None else variant.source.shape[1]
     sizes |= {"d_model": model.cfg.d_model, "head": model.cfg.n_heads, "d_head": model.cfg.d_head}
     for name, axes in expected.items():
         words = axes.split()
@@ -125,25 +145,25 @@ def test_each_hook_fires_once_forward_and_once_backward(variant, model):
     with model.hooks(
         [(lambda name: True, count("forward"))], [(lambda name: True, count("backward"))]
     ):
-        model(variant.tokens, return_type="loss").backward()
+        model(*variant.inputs, return_type="loss").backward()
     assert calls == {(d, name): 1 for d in ("forward", "backward") for name in model.hook_dict}
 
 
 @every_model
 def test_every_hook_is_on_the_path(variant, model):
     model.double()
-    logits = model(variant.tokens)
+    logits = model(*variant.inputs)
     for name in model.hook_dict:
         hook = (name, lambda t, hook: t + torch.randn_like(t))
-        changed = model.run_with_hooks(variant.tokens, fwd_hooks=[hook])
+        changed = model.run_with_hooks(*variant.inputs, fwd_hooks=[hook])
         assert (changed - logits).abs().max() > 1e-8, name
 
 
-def value_and_gradients(model, tokens, names=None):
+def value_and_gradients(model, inputs, names=None):
     """Logits, loss and the gradient of every parameter, with `names` hooked but untouched."""
     model.zero_grad()
     watch = [(names, lambda t, hook: None)] if names else []
-    logits, loss = model.run_with_hooks(tokens, return_type="both", fwd_hooks=watch)
+    logits, loss = model.run_with_hooks(*inputs, return_type="both", fwd_hooks=watch)
     (loss + logits.square().mean()).backward()
     return [logits, loss, *(p.grad for p in model.parameters())]
 
@@ -152,30 +172,30 @@ def value_and_gradients(model, tokens, names=None):
 def test_hooked_and_unhooked_runs_agree_in_value_and_every_gradient(variant, model):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
         model = model.to(dtype)
-        plain = value_and_gradients(model, variant.tokens)
-        hooked = value_and_gradients(model, variant.tokens, names=lambda name: True)
+        plain = value_and_gradients(model, variant.inputs)
+        hooked = value_and_gradients(model, variant.inputs, names=lambda name: True)
         assert plain[1].dtype == dtype
         assert len(plain) == 2 + len(list(model.parameters()))
         torch.testing.assert_close(plain, hooked, rtol=tolerance, atol=tolerance)
         assert all(g.abs().max() > 0 for g in plain), "a parameter has no influence"
 
 
-@over(*(variant for variant in VARIANTS if "Attn" in variant.name))
+@over(*(variant for variant in VARIANTS if "Mamba" not in variant.name))
 def test_only_a_hook_on_scores_or_pattern_leaves_the_fused_path(variant, model):
-    for block in model.blocks:
-        for name in [f"{block.attn.name}.{hook}" for hook in ATTENTION]:
+    for attn in (module for module in model.modules() if isinstance(module, Attention)):
+        for name in [f"{attn.name}.{hook}" for hook in ATTENTION]:
             with model.hooks([(name, lambda t, hook: None)]):
-                assert block.attn.fused == name.endswith(("hook_q", "hook_k", "hook_v", "hook_z"))
-        assert block.attn.fused
+                assert attn.fused == name.endswith(("hook_q", "hook_k", "hook_v", "hook_z"))
+        assert attn.fused
 
 
 @causal_models
 def test_the_past_ignores_the_future(variant, model):
-    logits = model(variant.tokens)
+    logits = model(*variant.inputs)
     for t in range(variant.tokens.shape[1] - 1):
         other = variant.tokens.clone()
         other[:, t + 1 :] = (other[:, t + 1 :] + 1) % model.config.d_vocab
-        changed = model(other)
+        changed = model(*variant.given(other))
         torch.testing.assert_close(changed[:, : t + 1], logits[:, : t + 1], rtol=0, atol=1e-6)
         assert not torch.allclose(changed[:, t + 1], logits[:, t + 1])
 
@@ -183,56 +203,58 @@ def test_the_past_ignores_the_future(variant, model):
 @over(*(variant for variant in VARIANTS if not variant.causal))
 def test_a_centred_convolution_reads_exactly_as_far_ahead_as_its_lags_say(variant, model):
     (conv,) = [m for m in model.modules() if hasattr(m, "lags")]
-    logits = model(variant.tokens)
+    logits = model(*variant.inputs)
     last = variant.tokens.shape[1] - 1
     other = variant.tokens.clone()
     other[:, last] = (other[:, last] + 1) % model.config.d_vocab
-    moved = (model(other) - logits).abs().amax((0, 2)) > 1e-6
+    moved = (model(*variant.given(other)) - logits).abs().amax((0, 2)) > 1e-6
     assert moved.tolist() == [t >= last + min(conv.lags) for t in range(last + 1)]
     assert min(conv.lags) < 0
 
 
 @every_model
 def test_a_row_of_a_batch_equals_the_row_alone(variant, model):
-    together = model(variant.tokens)
-    for row, tokens in enumerate(variant.tokens):
-        torch.testing.assert_close(model(tokens[None])[0], together[row], rtol=1e-5, atol=1e-5)
+    together = model(*variant.inputs)
+    for row in range(len(variant.tokens)):
+        alone = model(*(t[row : row + 1] for t in variant.inputs))
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 
 @every_model
 def test_a_run_repeats_bit_for_bit_and_leaves_tokens_alone(variant, model):
-    tokens = variant.tokens.clone()
-    first, cache = model.run_with_cache(tokens)
-    again, same = model.run_with_cache(tokens)
+    inputs = [tokens.clone() for tokens in variant.inputs]
+    first, cache = model.run_with_cache(*inputs)
+    again, same = model.run_with_cache(*inputs)
     assert torch.equal(first, again)
     assert all(torch.equal(cache[name], same[name]) for name in model.hook_dict)
-    assert torch.equal(tokens, variant.tokens)
+    assert all(map(torch.equal, inputs, variant.inputs))
 
 
 @causal_models
 def test_pieces_with_state_equal_one_full_run(variant, model, generator):
-    full, length = model(variant.tokens), variant.tokens.shape[1]
+    full, length = model(*variant.inputs), variant.tokens.shape[1]
     for _ in range(5):
         cuts = torch.randperm(length - 1, generator=generator)[:3].add(1).sort().values
         state, logits = {}, []
         for piece in variant.tokens.tensor_split(cuts, dim=1):
-            logits.append(model(piece, state=state))
+            logits.append(model(*variant.given(piece), state=state))
         torch.testing.assert_close(torch.cat(logits, 1), full, rtol=1e-5, atol=1e-5)
     singly, state = [], {}
     for t in range(length):
-        singly.append(model(variant.tokens[:, t : t + 1], state=state))
+        singly.append(model(*variant.given(variant.tokens[:, t : t + 1]), state=state))
     torch.testing.assert_close(torch.cat(singly, 1), full, rtol=1e-5, atol=1e-5)
 
 
 @causal_models
 def test_hooks_act_alike_on_pieces_and_on_the_whole(variant, model):
     with model.hooks([(lambda name: "hook_attn_scores" not in name, lambda t, hook: t * 1.5)]):
-        full, state = model(variant.tokens), {}
-        pieces = [model(piece, state=state) for piece in variant.tokens.split(3, dim=1)]
+        full, state = model(*variant.inputs), {}
+        split = [variant.given(piece) for piece in variant.tokens.split(3, dim=1)]
+        pieces = [model(*piece, state=state) for piece in split]
     torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-4)
 
 
-@causal_models
+@over(*(variant for variant in VARIANTS if variant.causal and variant.source is None))
 def test_greedy_generation_equals_full_recomputation(variant, model):
     prompt = variant.tokens[:, :3]
     expected = prompt
@@ -251,7 +273,8 @@ def test_a_model_that_reads_ahead_refuses_to_generate(variant, model):
 
 @every_model
 def test_one_token_is_a_sequence(variant, model):
-    assert model(variant.tokens[:, :1]).shape == (len(variant.tokens), 1, model.config.d_vocab)
+    logits = model(*variant.given(variant.tokens[:, :1]))
+    assert logits.shape == (len(variant.tokens), 1, model.config.d_vocab)
 
 
 class Boom(Exception):
@@ -263,36 +286,36 @@ def boom(tensor, hook):
     raise Boom(hook.name)
 
 
-def forward_with_hooks(model, tokens, name):
-    model.run_with_hooks(tokens, fwd_hooks=[(name, boom)])
+def forward_with_hooks(model, inputs, name):
+    model.run_with_hooks(*inputs, fwd_hooks=[(name, boom)])
 
 
-def forward_with_cache(model, tokens, name):
+def forward_with_cache(model, inputs, name):
     with model.hooks([(name, boom)], reset_hooks_end=False):
-        model.run_with_cache(tokens, return_type="loss", incl_bwd=True, names_filter=[name])
+        model.run_with_cache(*inputs, return_type="loss", incl_bwd=True, names_filter=[name])
 
 
-def forward_in_a_block(model, tokens, name):
+def forward_in_a_block(model, inputs, name):
     with model.hooks([(name, lambda t, hook: t * 1), (name, boom)]):
-        model(tokens)
+        model(*inputs)
 
 
-def backward_with_hooks(model, tokens, name):
+def backward_with_hooks(model, inputs, name):
     with model.hooks():
         loss = model.run_with_hooks(
-            tokens, return_type="loss", bwd_hooks=[(name, boom)], reset_hooks_end=False
+            *inputs, return_type="loss", bwd_hooks=[(name, boom)], reset_hooks_end=False
         )
         loss.backward()
 
 
-def backward_with_cache(model, tokens, name):
+def backward_with_cache(model, inputs, name):
     with model.hooks(bwd_hooks=[(name, boom)]):
-        model.run_with_cache(tokens, return_type="loss", incl_bwd=True, names_filter=[name])
+        model.run_with_cache(*inputs, return_type="loss", incl_bwd=True, names_filter=[name])
 
 
-def backward_in_a_block(model, tokens, name):
+def backward_in_a_block(model, inputs, name):
     with model.hooks([(name, lambda t, hook: t * 1)], [(name, boom)]):
-        model(tokens, return_type="loss").backward()
+        model(*inputs, return_type="loss").backward()
 
 
 RUNS = [
@@ -309,11 +332,11 @@ def test_an_exception_at_any_hook_leaves_nothing_behind(variant, model, run):
     model.add_perma_hook(first, lambda t, hook: t * 2)
     model.add_hook(first, lambda t, hook: seen.update([hook.name]))
     model.hook_dict[first].ctx["mine"] = 1
-    before, attached = model(variant.tokens), list(model._handles())
+    before, attached = model(*variant.inputs), list(model._handles())
     assert len(attached) == 2
     for name in model.hook_dict:
         with pytest.raises(Boom, match=re.escape(name)):
-            run(model, variant.tokens, name)
+            run(model, variant.inputs, name)
         assert list(model._handles()) == attached
         contexts = {n: point.ctx for n, point in model.hook_dict.items() if point.ctx}
         assert contexts == {first: {"mine": 1}}
@@ -321,5 +344,5 @@ def test_an_exception_at_any_hook_leaves_nothing_behind(variant, model, run):
             len(p._forward_hooks) + len(p._backward_hooks) for p in model.hook_points()
         )
         assert (registered, model.context_level) == (2, 0)
-    assert torch.equal(model(variant.tokens), before)
+    assert torch.equal(model(*variant.inputs), before)
     assert seen[first] == 2 + len(model.hook_dict)

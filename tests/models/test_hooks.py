@@ -55,14 +55,14 @@ def test_edits_in_place_act_on_the_model_and_not_on_what_was_cached(variant, mod
             (name, caching_hook(after)),
             (name, lambda t, hook: seen_after.update({hook.name: t.clone()})),
         ]
-    edited = model.run_with_hooks(variant.tokens, fwd_hooks=hooks)
+    edited = model.run_with_hooks(*variant.inputs, fwd_hooks=hooks)
     for name in model.hook_dict:
         assert torch.equal(before[name], seen_before[name]), name
         assert torch.equal(after[name], seen_after[name]), name
         torch.testing.assert_close(after[name], before[name] * 1.5, msg=name)
     returned = [(lambda name: True, lambda t, hook: t * 1.5)]
-    assert torch.equal(edited, model.run_with_hooks(variant.tokens, fwd_hooks=returned))
-    assert not torch.allclose(edited, model(variant.tokens))
+    assert torch.equal(edited, model.run_with_hooks(*variant.inputs, fwd_hooks=returned))
+    assert not torch.allclose(edited, model(*variant.inputs))
 
 
 def test_the_next_block_cannot_reach_into_the_cached_output_of_the_last(deep):
@@ -76,7 +76,7 @@ def test_the_next_block_cannot_reach_into_the_cached_output_of_the_last(deep):
 
 @every_model
 def test_a_cache_does_not_follow_the_weights(variant, model):
-    _, cache = model.run_with_cache(variant.tokens)
+    _, cache = model.run_with_cache(*variant.inputs)
     before = {name: tensor.clone() for name, tensor in cache.items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,7 +95,7 @@ def test_cached_gradients_do_not_follow_a_second_backward(small):
 
 @every_model
 def test_incl_bwd_keeps_the_gradient_of_every_hook(variant, model):
-    loss, cache = model.run_with_cache(variant.tokens, return_type="loss", incl_bwd=True)
+    loss, cache = model.run_with_cache(*variant.inputs, return_type="loss", incl_bwd=True)
     assert set(cache.keys()) == {f"{n}{end}" for n in model.hook_dict for end in ("", "_grad")}
     kept = {}
 
@@ -105,7 +105,7 @@ def test_incl_bwd_keeps_the_gradient_of_every_hook(variant, model):
             tensor.requires_grad_()
 
     again = model.run_with_hooks(
-        variant.tokens, return_type="loss", fwd_hooks=[(lambda name: True, keep)]
+        *variant.inputs, return_type="loss", fwd_hooks=[(lambda name: True, keep)]
     )
     gradients = torch.autograd.grad(again, list(kept.values()))
     for name, gradient in zip(kept, gradients, strict=True):

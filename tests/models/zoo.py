@@ -1,7 +1,8 @@
 """The models that every contract test runs over: one line each, (name, factory, tokens, causal).
 
 Sizes that a test may confuse all differ: batch 2, positions 7, heads 3, d_head 4, taps 5, d_model
-12, d_vocab 11, n_ctx 13, layers 1 to 3. Leaves out the tests themselves: `test_contract`.
+12, d_vocab 11, n_ctx 13, layers 1 to 3; a source has 6 tokens. Leaves out the tests themselves:
+`test_contract`.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig
 from smearlens.models.base import HookedModel
+from smearlens.models.char_gpt import CharGPT, CharGPTConfig
 from smearlens.models.mamba import Mamba, MambaConfig
+from smearlens.models.seq2seq import Seq2Seq, Seq2SeqConfig
 
 SIZES = {"d_vocab": 11, "d_model": 12, "n_heads": 3, "n_ctx": 13}
 FULL = {"residual": True, "norm": True, "mlp": True}
 TOKENS = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(7))
+SOURCE = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(6))
 
 
 class Variant(NamedTuple):
@@ -26,6 +30,16 @@ class Variant(NamedTuple):
     factory: Callable[[], HookedModel]
     tokens: torch.Tensor = TOKENS
     causal: bool = True  # False: some layer reads ahead by design
+    source: torch.Tensor | None = None  # what the encoder of an encoder-decoder reads
+
+    def given(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model is called with: tokens, or a source for each of their rows and tokens."""
+        return (tokens,) if self.source is None else (self.source[: len(tokens)], tokens)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the model is called with."""
+        return self.given(self.tokens)
 
 
 def conv_attn(name: str, **changes) -> Variant:
@@ -38,10 +52,20 @@ def attn_attn(name: str, **changes) -> Variant:
     return Variant(f"AttnAttn {name}", lambda: AttnAttn(config))
 
 
+def char_gpt(name: str, **changes) -> Variant:
+    config = CharGPTConfig(**{**SIZES, **changes})
+    return Variant(f"CharGPT {name}", lambda: CharGPT(config))
+
+
 def mamba(name: str, **changes) -> Variant:
     sizes = {"d_vocab": 11, "d_model": 6, "d_state": 5, "n_ctx": 13, "n_layers": 1}
     config = MambaConfig(**{**sizes, **changes})
     return Variant(f"Mamba {name}", lambda: Mamba(config))
+
+
+def seq2seq(name: str, **changes) -> Variant:
+    config = Seq2SeqConfig(**{**SIZES, "d_mlp": 10, "start": 9, "end": 10, **changes})
+    return Variant(f"Seq2Seq {name}", lambda: Seq2Seq(config), source=SOURCE)
 
 
 VARIANTS = [
@@ -67,12 +91,17 @@ VARIANTS = [
     attn_attn("2 layers", n_layers=2, positions="sinusoidal"),
     attn_attn("2 layers, bare", n_layers=2, residual=False, positions=None),
     attn_attn("3 layers, full block", n_layers=3, positions="rotary", norm=True, mlp=True),
+    char_gpt("2 layers", n_layers=2),
+    char_gpt("1 layer, with biases, untied", n_layers=1, bias=True, tied=False),
     mamba("2 layers", n_layers=2),
     mamba("zoh", rule="zoh", positions="sinusoidal"),
     mamba("bilinear, tied", rule="bilinear", tied=True, expand=3),
     mamba("one decay", a="minus-one", scale_delta=True, kernel_size=1),
     mamba("constant delta", delta="constant", scan="sequential"),
     mamba("positional delta", delta="position", scan="doubling", positions="learned"),
+    seq2seq("2 + 2 layers"),
+    seq2seq("norm after", norm="post", positions="learned-sinusoidal", n_layers=1),
+    seq2seq("no positions", positions=None, n_layers=1),
 ]
 
 

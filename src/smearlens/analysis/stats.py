@@ -89,3 +89,80 @@ def proportion_interval(successes: int, trials: int, level: float = 0.95) -> tup
         raise ValueError(f"need 0 <= successes <= trials, got {successes} of {trials}")
     ends = binomtest(successes, trials).proportion_ci(level, method="exact")
     return float(ends.low), float(ends.high)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two sets of yes-or-no outcomes on the same examples, and whether they differ.
+
+    Attributes:
+        only_a: examples that only the first gets right
+        only_b: examples that only the second gets right
+        n: examples
+        p: probability of a split at least as uneven between the two, if both were equally good
+    """
+
+    only_a: int
+    only_b: int
+    n: int
+    p: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first minus that of the second, in [-1, 1]."""
+        return (self.only_a - self.only_b) / self.n
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
+    """McNemar's exact test: two-sided binomial test of the examples on which a and b disagree.
+
+    >>> mcnemar([True] * 6 + [False, True], [False] * 5 + [True, True, True]).p  # 5 against 1
+    0.21875
+
+    Args:
+        a: whether the first is right, example by example
+        b: whether the second is right on the same examples
+
+    Raises:
+        ValueError: for no examples, or lists of different lengths
+
+    Source:
+        McNemar 1947; the exact form is the sign test of the discordant pairs
+    """
+    from scipy.stats import binomtest
+
+    if len(a) != len(b) or not len(a):
+        raise ValueError(
+            f"a and b must hold outcomes on the same examples, got {len(a)} and {len(b)}"
+        )
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    discordant = only_a + only_b
+    p = float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+    return PairedTest(only_a, only_b, len(a), p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that may be compared with one level, in given order.
+
+    The i-th smallest of m becomes max over j <= i of (m - j + 1) p_(j), at most 1.
+
+    >>> holm([0.0625, 0.015625, 0.25])
+    [0.125, 0.046875, 0.25]
+
+    Args:
+        p_values: of all comparisons of a table
+
+    Raises:
+        ValueError: for a value outside [0, 1]
+
+    Source:
+        Holm 1979, "A simple sequentially rejective multiple test procedure"
+    """
+    if wrong := [p for p in p_values if not 0 <= p <= 1]:
+        raise ValueError(f"p_values must be in [0, 1], got {wrong[0]}")
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected

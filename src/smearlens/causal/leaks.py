@@ -142,7 +142,8 @@ def _jacobian(model: HookedModel, tokens: Tensor) -> float:
 
     length = tokens.shape[1]
     with torch.enable_grad():
-        logits = model.run_with_hooks(tokens[:2], fwd_hooks=[("hook_embed", leaf)])
+        embed = [name for name in model.hook_dict if name.endswith("hook_embed")][-1]  # decoder's
+        logits = model.run_with_hooks(tokens[:2], fwd_hooks=[(embed, leaf)])
         largest = 0.0
         for cut in sorted({0, length // 4, length // 2, length - 2}):
             (grad,) = torch.autograd.grad(logits[:, cut].sum(), kept, retain_graph=True)

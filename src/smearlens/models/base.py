@@ -193,8 +193,8 @@ class HookedModel(HookedRootModule):
                 several sequences, or `incl_bwd` of an output that is no loss
         """
         names = self._match(names_filter, "names_filter")
-        tokens = inputs[0] if inputs else kwargs.get("tokens")
-        if remove_batch_dim and isinstance(tokens, Tensor) and tokens.shape[0] != 1:
+        tokens = next((t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if remove_batch_dim and tokens is not None and tokens.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim needs a batch of 1, got tokens of shape {tuple(tokens.shape)}"
             )

@@ -14,12 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smearlens._hooks import HookPoint
+from smearlens._hooks import HookPoint, is_hooked
 from smearlens.models.base import HookedModel
+from smearlens.nn.large_vocab import streamed_loss
 from smearlens.nn.positions import Positions
 
 ABSOLUTE = ("learned", "sinusoidal", "learned-sinusoidal")  # added to the embedding
 POSITIONS = (*ABSOLUTE, "rotary", None)
+NO_TARGET = -100  # what F.cross_entropy leaves out
+LARGE_VOCAB = 8192  # tokens from which a loss streams over the logits instead of keeping them
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:
@@ -99,13 +102,28 @@ class Decoder(HookedModel):
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, state)
-        logits = self.unembed(self.ln_final(x))
+        x = self.ln_final(x)
         if state is not None:
             state["tokens"] = tokens if earlier is None else torch.cat((earlier, tokens), 1)
+        if return_type == "loss" and self.streams_loss:
+            targets = next_targets(tokens, loss_mask)
+            kept = targets != NO_TARGET
+            return streamed_loss(x[:, :-1][kept], self.unembed.weight, targets[kept])
+        logits = self.unembed(x)
         if return_type == "logits":
             return logits
         loss = next_token_loss(logits, tokens, loss_mask)
         return loss if return_type == "loss" else (logits, loss)
+
+    @property
+    def streams_loss(self) -> bool:
+        """Whether `return_type="loss"` never holds all logits: d_vocab >= 8,192, unembed unhooked.
+
+        `nn.large_vocab.streamed_loss` then takes them chunk by chunk, and only where there is a
+        target; "both" has its logits and the plain loss of them.
+        """
+        plain = self.unembed.bias is None and not is_hooked(self.unembed)
+        return plain and self.config.d_vocab >= LARGE_VOCAB
 
     @torch.no_grad()
     def generate(
@@ -164,39 +182,52 @@ class Decoder(HookedModel):
 
     def _check_tokens(self, tokens: Any, earlier: Tensor | None) -> None:
         """Raise unless `tokens` can follow `earlier` ones (None: can start a sequence)."""
-        config, place = self.config, self.embed.weight.device
-        if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"tokens must be an int64 tensor [batch pos], got {type(tokens).__name__}; "
-                "model.to_tokens(text) makes one of a text"
-            )
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be [batch pos], got shape {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64, got {tokens.dtype}; use tokens.long()")
-        if tokens.device != place:
+        check_tokens("tokens", tokens, self.config, self.embed.weight.device, earlier)
+
+
+def check_tokens(
+    name: str, tokens: Any, config: Any, place: torch.device, earlier: Tensor | None = None
+) -> None:
+    """Raise unless argument `name` holds tokens for a model that can follow `earlier` ones.
+
+    Args:
+        name: of the argument, for the message
+        tokens: what was given
+        config: of the model: `n_ctx` and `d_vocab` are read
+        place: device of the model
+        earlier: tokens that a state holds; None: a sequence starts
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"{name} must be an int64 tensor [batch pos], got {type(tokens).__name__}; "
+            "model.to_tokens(text) makes one of a text"
+        )
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"{name} must be [batch pos], got shape {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64, got {tokens.dtype}; use {name}.long()")
+    if tokens.device != place:
+        raise ValueError(
+            f"{name} are on {tokens.device}, the model is on {place}; use {name}.to({str(place)!r})"
+        )
+    if earlier is not None and earlier.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"state holds {earlier.shape[0]} sequences, {name} {tokens.shape[0]}; "
+            "start other sequences with an empty state"
+        )
+    past = 0 if earlier is None else earlier.shape[1]
+    if past + tokens.shape[1] > config.n_ctx:
+        raise ValueError(
+            f"{name} reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
+            "shorten them or build the model with a larger n_ctx"
+        )
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(t) for t in tokens.aminmax())
+        if low < 0 or high >= config.d_vocab:
             raise ValueError(
-                f"tokens are on {tokens.device}, the model is on {place}; "
-                f"use tokens.to({str(place)!r})"
+                f"{name} range over {low}..{high}, d_vocab is {config.d_vocab}; "
+                "was the text encoded with this model's tokenizer?"
             )
-        if earlier is not None and earlier.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                f"state holds {earlier.shape[0]} sequences, tokens {tokens.shape[0]}; "
-                "start other sequences with an empty state"
-            )
-        past = 0 if earlier is None else earlier.shape[1]
-        if past + tokens.shape[1] > config.n_ctx:
-            raise ValueError(
-                f"tokens reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
-                "shorten them or build the model with a larger n_ctx"
-            )
-        if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(t) for t in tokens.aminmax())
-            if low < 0 or high >= config.d_vocab:
-                raise ValueError(
-                    f"tokens range over {low}..{high}, d_vocab is {config.d_vocab}; "
-                    "was the text encoded with this model's tokenizer?"
-                )
 
 
 def next_token_loss(
@@ -205,6 +236,15 @@ def next_token_loss(
     loss_mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross entropy of each next token, nats per target; `loss_mask` picks the targets."""
+    targets = next_targets(tokens, loss_mask)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), targets.flatten())
+
+
+def next_targets(
+    tokens: Int[Tensor, "batch pos"], loss_mask: Bool[Tensor, "batch pos"] | None
+) -> Int[Tensor, "batch target"]:
+    """The next token at every position but the last; `NO_TARGET` where `loss_mask` has none."""
     if tokens.shape[1] < 2:
         raise ValueError(f"a loss needs at least 2 tokens, got shape {tuple(tokens.shape)}")
     targets = tokens[:, 1:].long()
@@ -218,9 +258,8 @@ def next_token_loss(
             raise ValueError(
                 "loss_mask keeps no target (position 0 is none); the mean is undefined"
             )
-        targets = targets.masked_fill(~loss_mask[:, 1:], -100)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), targets.flatten())
+        targets = targets.masked_fill(~loss_mask[:, 1:], NO_TARGET)
+    return targets
 
 
 def _sample(

@@ -12,6 +12,8 @@ FAMILIES = {  # class name in a config.json -> the module that defines it
     "ConvAttn": "smearlens.models.conv_attn",
     "AttnAttn": "smearlens.models.attn_attn",
     "Mamba": "smearlens.models.mamba",
+    "Seq2Seq": "smearlens.models.seq2seq",
+    "CharGPT": "smearlens.models.char_gpt",
 }
 
 

@@ -1,8 +1,8 @@
 """Multi-head attention, self or cross, with every intermediate behind a hook.
 
 Contains the layer and its two equal cores: the fused one of torch, used while nobody looks at the
-scores or the pattern, and the explicit one that passes them through their hooks. Leaves out
-positions (`nn.positions`) and the convolution itself (`nn.conv`).
+scores or the pattern (except where the other is faster), and the explicit one that passes them
+through their hooks. Leaves out positions (`nn.positions`) and the convolution (`nn.conv`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from smearlens._hooks import HookPoint, is_hooked
 from smearlens.nn.conv import DepthwiseConv, KeySmear
 from smearlens.nn.positions import Rotary
+
+SHORT = 32  # keys; up to here the explicit core costs a CPU no more, and less if heads are narrow
 
 
 class Attention(nn.Module):
@@ -35,6 +37,7 @@ class Attention(nn.Module):
         conv_on: roles ("q", "k", "v") that pass a depthwise convolution after the projection
         kernel_size: taps of those convolutions
         conv_causal: False gives them the "same" padding that reads ahead
+        bias: whether the projections have biases
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Attention(nn.Module):
         conv_on: Sequence[str] = (),
         kernel_size: int = 3,
         conv_causal: bool = True,
+        bias: bool = False,
     ):
         super().__init__()
         if n_heads < 1 or d_model < 1 or d_model % n_heads:
@@ -55,11 +59,11 @@ class Attention(nn.Module):
         for role in conv_on:
             if role not in ("q", "k", "v"):
                 raise ValueError(f"conv_on takes 'q', 'k' and 'v', got {role!r}")
-        self.n_heads, self.causal = n_heads, causal
+        self.n_heads, self.causal, self.bias = n_heads, causal, bias
         self.name = ""  # the model's setup() writes the module's path here; it prefixes `state`
         self.d_head = d_model // n_heads
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # q, k, v stacked
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)  # q, k, v stacked
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
         self.convs = tuple(conv_on)
         for role in self.convs:
             conv = DepthwiseConv(d_model, kernel_size, causal=conv_causal)
@@ -88,18 +92,24 @@ class Attention(nn.Module):
             source: what a cross-attention layer reads
             key_mask: True where a key may be seen; every query must see at least one
             state: what earlier tokens left behind (keys, values, convolution buffers); read and
-                updated in place, under names that start with this layer's own
+                updated in place, under names that start with this layer's own. Keys and values of
+                a source are projected once and read from there later
 
         Raises:
-            ValueError: if a causal layer is given a source, whose positions it cannot compare
+            ValueError: if a causal layer is given a source, whose positions it cannot compare, or
+                a layer with convolutions, smearing or rotation a source and a state
         """
         if source is not None and self.causal:
             raise ValueError(
                 "source is another sequence, which has no past and no future here: "
                 "build the layer with causal=False for cross attention"
             )
-        past = 0 if state is None else _length(state.get(f"{self.name}.k"))
-        q, k, v = self._project(x, source, state, past)
+        past = 0
+        if source is None:
+            past = 0 if state is None else _length(state.get(f"{self.name}.k"))
+            q, k, v = self._shape(self.in_proj(x).chunk(3, dim=-1), state, past)
+        else:
+            q, k, v = self._cross(x, source, state)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if state is not None and source is None:
             k, v = _append(state, f"{self.name}.k", k), _append(state, f"{self.name}.v", v)
@@ -108,7 +118,7 @@ class Attention(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether the next forward takes the fused core: neither scores nor pattern hooked."""
+        """Whether the next forward may take the fused core: neither scores nor pattern hooked."""
         return not (is_hooked(self.hook_attn_scores) or is_hooked(self.hook_pattern))
 
     @property
@@ -136,17 +146,29 @@ class Attention(nn.Module):
             self.in_proj.weight, "(role head d) model -> role head model d", role=3, d=self.d_head
         )[role]
 
-    def _project(self, x: Tensor, source: Tensor | None, state: dict | None, past: int):
+    def _cross(self, x: Tensor, source: Tensor, state: dict | None) -> tuple[Tensor, ...]:
+        """Queries of `x`, keys and values of `source`; these only once if there is a `state`."""
+        w_q, w_kv = self.in_proj.weight.tensor_split([x.shape[-1]])
+        b_q, b_kv = self.in_proj.bias.tensor_split([x.shape[-1]]) if self.bias else (None, None)
+        q = F.linear(x, w_q, b_q)
+        if state is None:
+            return self._shape((q, *F.linear(source, w_kv, b_kv).chunk(2, -1)), None, 0)
+        if self.convs or self.smear is not None or self.rotary is not None:
+            raise ValueError(
+                "a cross-attention layer with conv_on, smear or rotary keeps no state: "
+                "pass state=None and all of x at once"
+            )
+        names = [f"{self.name}.source_{role}" for role in ("k", "v")]
+        if names[0] not in state:
+            state.update(zip(names, F.linear(source, w_kv, b_kv).chunk(2, -1), strict=True))
+        return self._shape((q, *(state[name] for name in names)), None, 0)
+
+    def _shape(self, parts: Sequence[Tensor], state: dict | None, past: int) -> tuple[Tensor, ...]:
         """q, k and v as [batch pos head d_head], convolved, smeared and rotated."""
-        if source is None:
-            roles = dict(zip(("q", "k", "v"), self.in_proj(x).chunk(3, dim=-1), strict=True))
-        else:
-            w_q, w_kv = self.in_proj.weight.tensor_split([x.shape[-1]])
-            k, v = F.linear(source, w_kv).chunk(2, dim=-1)
-            roles = {"q": F.linear(x, w_q), "k": k, "v": v}
+        roles = dict(zip(("q", "k", "v"), parts, strict=True))
         for role in self.convs:
             roles[role] = self.get_submodule(f"conv_{role}")(roles[role], state=state)
-        q, k, v = (rearrange(t, "b p (h d) -> b p h d", d=self.d_head) for t in roles.values())
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in roles.values())
         if self.smear is not None:
             k = self.smear(k, state=state)
         if self.rotary is not None:
@@ -158,7 +180,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch head pos d_head]
         n_queries, n_keys = q.shape[2], k.shape[2]
         triangle = self.causal and n_queries > 1
-        if self.fused and key_mask is None and (not triangle or past == 0):
+        fused = self.fused and (n_keys > SHORT or k.device.type != "cpu")
+        if fused and key_mask is None and (not triangle or past == 0):
             z = F.scaled_dot_product_attention(q, k, v, is_causal=triangle)
             return z.transpose(1, 2)
         mask = q.new_zeros(1, 1, n_queries, n_keys)
@@ -167,7 +190,7 @@ class Attention(nn.Module):
             mask = mask.masked_fill(ahead, -torch.inf)
         if key_mask is not None:
             mask = mask.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-        if self.fused:
+        if fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         scale = self.d_head**-0.5
         z = explicit_attention(q, k, v, mask, scale, self.hook_attn_scores, self.hook_pattern)

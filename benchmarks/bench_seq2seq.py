@@ -1,0 +1,123 @@
+"""The encoder-decoder beside the same model from torch's layers, and its two attention cores.
+
+    python benchmarks/bench_seq2seq.py
+
+A step is forward, backward and AdamW on a padded batch of 128 Pig Latin pairs. The peer stacks
+`nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer` of the same sizes. Both run without
+dropout: torch's layers have it at other places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from timing import Row, compare, report
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smearlens.data.pig_latin import PairBatches, pig_latin_pairs
+from smearlens.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from smearlens.nn import attention
+
+STEP_BAR = 1.1  # of the step of torch's layers
+SHORT_BAR = 1.05  # of a layer with the fused core, at the lengths of words
+PRESETS = ("base", "beast-small", "beast-large")
+
+
+class TorchSeq2Seq(nn.Module):
+    """The model from torch's layers."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        width = config.d_model
+        sizes = {
+            "d_model": width, "nhead": config.n_heads, "dim_feedforward": config.d_mlp,
+            "dropout": 0.0, "activation": partial(F.gelu, approximate="tanh"),
+            "batch_first": True, "norm_first": True,
+        }  # fmt: skip
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**sizes), config.n_layers, nn.LayerNorm(width),
+            enable_nested_tensor=False,
+        )  # fmt: skip
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(**sizes), config.n_layers, nn.LayerNorm(width)
+        )
+        self.embeds = nn.ModuleList(nn.Embedding(config.d_vocab, width) for _ in range(2))
+        self.positions = nn.Parameter(torch.randn(2, config.n_ctx, width) * 0.1)
+        self.unembed = nn.Linear(width, config.d_vocab, bias=False)
+
+    def forward(
+        self, source: Tensor, target: Tensor, source_mask: Tensor, loss_mask: Tensor
+    ) -> Tensor:
+        """Mean loss of the next tokens that count."""
+        x, y = (
+            embed(tokens) + table[: tokens.shape[1]]
+            for embed, tokens, table in zip(
+                self.embeds, (source, target), self.positions, strict=True
+            )
+        )
+        ahead = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        hidden = torch.zeros(source.shape).masked_fill(~source_mask, -torch.inf)
+        memory = self.encoder(x, src_key_padding_mask=hidden)
+        z = self.decoder(
+            y, memory, tgt_mask=ahead, tgt_is_causal=True, memory_key_padding_mask=hidden
+        )
+        targets = target[:, 1:].masked_fill(~loss_mask[:, 1:], -100)
+        return F.cross_entropy(self.unembed(z)[:, :-1].flatten(0, 1), targets.flatten())
+
+
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """One update of `model`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+
+    def run() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def rows() -> Iterator[Row]:
+    torch.manual_seed(0)
+    pairs = list(pig_latin_pairs(min_letters=3))[::4]
+    batch = PairBatches(pairs, 128, 0, padded=True).batch(0)
+    shape = (128, batch["source"].shape[1], batch["target"].shape[1])
+    for preset in PRESETS:
+        ours = Seq2Seq.from_preset(preset, dropout=0.0)
+        theirs = TorchSeq2Seq(ours.config)
+        mine = step(ours, lambda ours=ours: ours(**batch, return_type="loss"))
+        peer = step(theirs, lambda theirs=theirs: theirs(**batch))
+        yield compare(f"step of {preset} / torch's layers", shape, mine, peer, STEP_BAR, rounds=15)
+    for n_heads in (4, 8):
+        yield core_row(n_heads, shape)
+
+
+def core_row(n_heads: int, shape: tuple[int, int, int]) -> Row:
+    """Why short sequences take the explicit core."""
+    batch, n_keys, length = shape
+    layer = attention.Attention(64, n_heads, causal=False)
+    x = torch.randn(batch, length, 64, requires_grad=True)
+    source = torch.randn(batch, n_keys, 64, requires_grad=True)
+    mask = torch.arange(n_keys) < torch.randint(3, n_keys + 1, (batch, 1))
+
+    def gradients(short: int) -> None:
+        known, attention.SHORT = attention.SHORT, short
+        try:
+            layer(x, source, key_mask=mask).sum().backward()
+        finally:
+            attention.SHORT = known
+
+    name = f"attention, {n_heads} heads: explicit core / fused core, forward + backward"
+    sides = (lambda: gradients(attention.SHORT)), (lambda: gradients(0))
+    return compare(name, shape, *sides, SHORT_BAR, rounds=15)
+
+
+def main() -> list[Row]:
+    return report(rows())
+
+
+if __name__ == "__main__":
+    main()
