@@ -17,7 +17,7 @@ from smearlens.analysis.states import (
     write_weight,
 )
 
-RULES = ["mamba", "zoh", "bilinear"]
+RULES = ["mamba", "zoh", "bilinear", "bilinear-clamped"]
 EACH = pytest.mark.parametrize("rule", RULES)
 LENGTH = 71  # two blocks of 32 rows and a piece
 
@@ -42,6 +42,7 @@ def steps(delta, A, B, rule):
         "mamba": (torch.exp(z), step.expand_as(z)),
         "zoh": (torch.exp(z), exact),
         "bilinear": ((2 + z) / (2 - z), 2 * step / (2 - z)),
+        "bilinear-clamped": (((2 + z) / (2 - z)).clamp(min=0), 2 * step / (2 - z)),
     }[rule]
     return A_bar, gain * B[:, :, None]
 
@@ -183,7 +184,7 @@ def unchecked():
 def test_wrong_parts_are_named(unchecked):
     delta, A, B, C = tensors()
     A_bar, B_bar = steps(delta, A, B, "mamba")
-    with pytest.raises(ValueError, match=re.escape("['mamba', 'zoh', 'bilinear'], got 'euler'")):
+    with pytest.raises(ValueError, match=re.escape("'bilinear', 'bilinear-clamped'], got 'euler'")):
         SSMMixing.from_delta(delta, A, B, C, "euler")
     with pytest.raises(ValueError, match=re.escape("C must be [batch pos d_state] = (2, 71, 5)")):
         SSMMixing.from_delta(delta, A, B, C[:, :9])

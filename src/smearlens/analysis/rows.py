@@ -1,14 +1,14 @@
 """The one path from rows of a mixing to `Scores`.
 
 A per-head metric gives a value per row and says where it is defined. This file does the rest
-alike: masks, signed maps, streaming, chance (on uniform attention), control, mean of valid rows.
+alike: masks, signed maps, streaming (by channels, if many), chance (on uniform attention), control.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,8 +17,7 @@ from torch import Tensor
 from smearlens.analysis.layers import Kind, mixings
 from smearlens.analysis.mixing import DenseMixing, Mixing, UniformMixing
 from smearlens.analysis.scores import Scores
-
-Normalise = Literal["abs", "softmax", "minmax", "none"]
+from smearlens.analysis.state_space import ROOM, ChannelMixing, Normalise, unsigned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +154,13 @@ def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
             "source must be a cache (hook names to tensors), a Mixing or a pattern tensor, "
             f"got {type(source).__name__}"
         )
-    found = dict(source) if isinstance(source, Mapping) else {}
-    ready = bool(found) and all(isinstance(m, Mixing) for m in found.values())
-    return found if ready else mixings(source, kind=options.kind)
+    if (
+        isinstance(source, Mapping)
+        and source
+        and all(isinstance(m, Mixing) for m in source.values())
+    ):
+        return dict(source)
+    return mixings(source, kind=options.kind)
 
 
 def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> RowBlock:
@@ -165,13 +168,13 @@ def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> 
     allowed = allowed_keys(mixing, start, rows.shape[-2], options).to(rows.device)
     if mixing.signed:
         seen = _seen(mixing, start, rows.shape[-2]).to(rows.device)
-        rows = _unsigned(rows, seen, options.normalise)
+        rows = unsigned(rows, seen, options.normalise)
     plain = not (options.exclude_bos or options.exclude_self or options.key_mask is not None)
     if not plain:
         rows = rows * allowed
     raw = mixing.signed and options.normalise == "none"
     mass = (rows.abs() if raw else rows).sum(-1, keepdim=True)
-    full = (mass > 0).squeeze(-1) & rows.isfinite().all(-1)
+    full = ((mass > 0) & mass.isfinite()).squeeze(-1)  # one bad entry spoils the sum
     if not plain and options.renormalise and not raw:
         rows = rows / mass.clamp_min(1e-30)
     if options.query_mask is not None:
@@ -221,62 +224,56 @@ def _fitted(name: str, mask: Tensor, mixing: Mixing, size: int) -> Bool[Tensor, 
 
 def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
     """Values [example head], valid rows [example head], chance, maximum, control [head or 1]."""
-    uniform = UniformMixing(
-        mixing.n_queries, mixing.n_keys, causal=mixing.causal, crossed=mixing.crossed
-    )
-    sums = {key: _Mean() for key in ("value", "chance", "maximum", "control")}
-    divisor = metric.divisor or (lambda block: torch.ones(()))
+    parts = mixing.parts() if isinstance(mixing, ChannelMixing) else [mixing]
+    columns = zip(*(_measure_heads(part, metric, options) for part in parts), strict=True)
+    values, rows, maximum, control = (torch.cat(column, -1) for column in columns)
+    return values, rows, _chance(mixing, metric, options), maximum, control
+
+
+def _measure_heads(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
+    """`_measure_layer` of all heads at once, chance left out."""
+    sums = {key: _Mean(metric) for key in ("value", "maximum", "control")}
     for block in row_blocks(mixing, options):
-        even = row_block(
-            uniform, uniform.rows(block.start, block.start + block.full.shape[-1]),
-            block.start, options,
-        )  # fmt: skip
-        value, defined = metric.value(block)
-        sums["value"].add(value, defined & block.full, divisor(block))
+        found, defined = metric.value(block)
+        sums["value"].add(found, defined, block)
         best = torch.ones(()) if metric.ceiling is None else metric.ceiling(block)
-        sums["maximum"].add(best, defined & block.full, divisor(block))
-        value, defined = metric.value(even)
-        sums["chance"].add(value, defined & even.full, divisor(even))
+        sums["maximum"].add(best, defined, block)
         if metric.control is not None:
-            value, defined = metric.control(block)
-            sums["control"].add(value, defined & block.full, divisor(block))
-    values = sums["value"].of(mixing)
-    chance = sums["chance"].mean().nanmean(0)
-    maximum = sums["maximum"].mean().nanmean(0)
-    control = sums["control"].mean().nanmean(0) if metric.control else torch.full((1,), torch.nan)
-    return values, sums["value"].count.expand_as(values), chance, maximum, control
+            sums["control"].add(*metric.control(block), block)
+    values = sums["value"].mean()
+    values = values.expand(max(len(values), mixing.n_examples), mixing.n_heads).clone()
+    rows = sums["value"].count.expand_as(values)
+    maximum = sums["maximum"].mean().nanmean(0).expand(mixing.n_heads)
+    control = sums["control"].mean().nanmean(0).expand(mixing.n_heads)  # NaN without a control
+    return values, rows, maximum, control
+
+
+def _chance(mixing: Mixing, metric: Metric, options: RowOptions) -> Float[Tensor, " one"]:
+    """The metric of uniform attention over the same positions."""
+    sizes = mixing.n_queries, mixing.n_keys
+    uniform = UniformMixing(*sizes, causal=mixing.causal, crossed=mixing.crossed)
+    mean = _Mean(metric)
+    for start, _, rows in uniform.blocks(min(128, max(1, ROOM // mixing.n_keys // 2))):
+        block = row_block(uniform, rows, start, options)
+        mean.add(*metric.value(block), block)
+    return mean.mean().nanmean(0)
 
 
 class _Mean:
     """Sums and counts per [example head] over blocks of rows, in float64; NaN where no row."""
 
-    def __init__(self):
+    def __init__(self, metric: Metric):
+        self.divisor = metric.divisor
         self.total = self.count = torch.zeros((), dtype=torch.float64)
 
-    def add(self, value: Tensor, valid: Tensor, divisor: Tensor) -> None:
-        value, valid, divisor = torch.broadcast_tensors(value, valid, divisor)
+    def add(self, value: Tensor, defined: Tensor, block: RowBlock) -> None:
+        share = torch.ones(()) if self.divisor is None else self.divisor(block)
+        value, valid, share = torch.broadcast_tensors(value, defined & block.full, share)
         self.total = self.total + torch.where(valid, value, 0).sum(-1, dtype=torch.float64)
-        self.count = self.count + torch.where(valid, divisor, 0).sum(-1, dtype=torch.float64)
+        self.count = self.count + torch.where(valid, share, 0).sum(-1, dtype=torch.float64)
 
     def mean(self) -> Tensor:
         return self.total / self.count
-
-    def of(self, mixing: Mixing) -> Tensor:
-        mean = self.mean()
-        return mean.expand(max(mean.shape[0], mixing.n_examples), mixing.n_heads).clone()
-
-
-def _unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
-    """Signed rows as weights, by the named choice."""
-    if normalise == "none":
-        return rows
-    if normalise == "softmax":
-        return rows.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
-    if normalise == "minmax":
-        low = rows.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
-        rows = (rows - low).masked_fill(~allowed, 0)
-    size = rows.abs()
-    return size / size.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:

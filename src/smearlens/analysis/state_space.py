@@ -1,27 +1,57 @@
 """The mixing of a selective state-space layer: its hidden attention.
 
-Contains `SSMMixing`, which hands out rows, diagonals or the dense array. Decays enter as products,
+Contains `SSMMixing`, which hands out rows, diagonals or the dense array; `ChannelMixing`, which
+takes its channels a few at a time; and what makes weights of signed rows. Decays enter as products,
 never as exponentials of differences of large sums, so the negative and zero A_bar of the `bilinear`
-rule are as exact as any. Leaves out the skip D·u and the gate, which mix no positions, and the
-memory of single states (`analysis.states`).
+rule are as exact as any. Leaves out the skip D·u and the gate, which mix no positions
+(`analysis.implicit` has them), and the memory of single states (`analysis.states`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from smearlens.analysis.mixing import Mixing
+from smearlens.analysis.steps import DeltaSteps, PairSteps
 
-BLOCK = 32  # rows handed out at once
+BLOCK = 32  # rows handed out at once, where the context is not long
+STRETCH = 256  # rows discretised at once
+Normalise = Literal["abs", "softmax", "minmax", "none"]  # of signed rows
+ROOM = 2**19  # entries of a row block of one part: 2 MB in float32
 
 
-class SSMMixing(Mixing):
+class ChannelMixing(Mixing):
+    """A signed, causal mixing with one matrix per channel, of which there can be very many."""
+
+    causal = True
+    signed = True
+
+    @abstractmethod
+    def channels(self, start: int, stop: int) -> ChannelMixing:
+        """The mixing of these channels alone: rows of few heads at a time bound the memory."""
+
+    def parts(self) -> Iterator[ChannelMixing]:
+        """All channels, as many at a time as keep a block of rows within the cache."""
+        at_once = max(1, ROOM // (self.n_examples * self.n_keys * self._block_size()))
+        for start in range(0, self.n_heads, at_once):
+            yield self.channels(start, min(start + at_once, self.n_heads))
+
+    def _block_size(self) -> int:
+        """Rows per block: fewer where they are long, so that a part still has a few channels."""
+        return min(BLOCK, max(8, ROOM // (4 * self.n_examples * self.n_keys)))
+
+    def _check_channels(self, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self.n_heads:
+            raise ValueError(f"channels {start}..{stop} are outside 0..{self.n_heads}")
+
+
+class SSMMixing(ChannelMixing):
     r"""Hidden attention: one signed lower-triangular matrix per example and channel.
 
     $$M[c, i, j] = \sum_n C_i[n] \Big(\prod_{k=j+1}^{i} \bar A_k[c, n]\Big) \bar B_j[c, n],
@@ -33,16 +63,13 @@ class SSMMixing(Mixing):
     flows through it.
 
     Build with `from_delta`, which holds no [batch pos channel d_state] tensor, or `from_steps`.
-    Rows of all channels at once need [batch channel d_state pos] of memory; `channels` takes a few.
+    Rows of all channels at once need [batch channel d_state pos] of memory; `parts` takes a few.
 
     Source:
         Ali, Zimerman & Wolf 2024, "The Hidden Attention of Mamba Models", equation 11
     """
 
-    causal = True
-    signed = True
-
-    def __init__(self, steps: _Delta | _Pair, C: Float[Tensor, "batch pos d_state"]):
+    def __init__(self, steps: DeltaSteps | PairSteps, C: Float[Tensor, "batch pos d_state"]):
         self._steps, self._C = steps, C
         self.n_examples, self.n_queries, self.n_heads, self._d_state = steps.shape
         self.n_keys = self.n_queries
@@ -68,7 +95,7 @@ class SSMMixing(Mixing):
                 "A_bar and B_bar must be [batch pos channel d_state] (A_bar may have d_state 1), "
                 f"got {tuple(A_bar.shape)} and {tuple(B_bar.shape)}"
             )
-        return cls(_Pair(A_bar, B_bar), C)
+        return cls(PairSteps(A_bar, B_bar), C)
 
     @classmethod
     def from_delta(
@@ -79,7 +106,7 @@ class SSMMixing(Mixing):
         C: Float[Tensor, "batch pos d_state"],
         rule: str = "mamba",
     ) -> SSMMixing:
-        """From what the layer discretised, by `rule` "mamba", "zoh" or "bilinear".
+        """From what the layer discretised, by `rule` (as in `nn.discretize`).
 
         Raises:
             ValueError: if there is no such rule, or the shapes disagree
@@ -95,12 +122,11 @@ class SSMMixing(Mixing):
                 f"A [channel d_state or 1] and B [batch pos d_state] must go with delta "
                 f"{tuple(delta.shape)}, got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-        return cls(_Delta(delta, A, B, rule), C)
+        return cls(DeltaSteps(delta, A, B, rule), C)
 
     def channels(self, start: int, stop: int) -> SSMMixing:
-        """The mixing of these channels alone: rows of few heads at a time bound the memory."""
-        if not 0 <= start < stop <= self.n_heads:
-            raise ValueError(f"channels {start}..{stop} are outside 0..{self.n_heads}")
+        """The mixing of these channels alone."""
+        self._check_channels(start, stop)
         return SSMMixing(self._steps.channels(slice(start, stop)), self._C)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
@@ -108,9 +134,9 @@ class SSMMixing(Mixing):
         found = [rows for _, _, rows in self._stream(start, stop, BLOCK)]
         return found[0] if len(found) == 1 else torch.cat(found, -2)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, int, Tensor]]:
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """All rows, `size` at a time, as (start, stop, rows [batch head rows key])."""
-        return self._stream(0, self.n_queries, size)
+        return self._stream(0, self.n_queries, size or self._block_size())
 
     def diagonal(self, lag: int) -> Float[Tensor, "batch head entry"]:
         """Entries M[i, i - lag] for i = lag, lag + 1, …; zeros for a negative lag."""
@@ -142,17 +168,24 @@ class SSMMixing(Mixing):
     def _stream(self, first: int, last: int, size: int) -> Iterator[tuple[int, int, Tensor]]:
         """Rows first..last; column j of `columns` is B_bar_j decayed to the row before a block."""
         columns = self._columns(first, last)
-        for start in range(first, last, size):
-            stop = min(start + size, last)
-            a, b = (_by_channel(x) for x in self._steps.at(slice(start, stop)))
-            C = self._C[:, start:stop].mT.unsqueeze(1)  # [batch 1 d_state rows]
-            decay = a.cumprod(-1)  # from the row before the block to each row
-            rows = a.new_zeros(self.n_examples, self.n_heads, stop - start, self.n_keys)
-            rows[..., :start] = (decay * C).mT @ columns[..., :start]
-            _fill_triangle(rows[..., start:stop], a, b, C)
-            yield start, stop, rows
-            columns[..., :start] *= decay[..., -1:]
-            columns[..., start:stop] = _decay_to_end(a) * b
+        stretch = max(STRETCH // size, 1) * size
+        for begin in range(first, last, stretch):
+            end = min(begin + stretch, last)
+            A_bar, B_bar = (_by_channel(x) for x in self._steps.at(slice(begin, end)))
+            C_all = self._C[:, begin:end].mT.unsqueeze(1)  # [batch 1 d_state rows]
+            squares = _triangles(A_bar, B_bar, C_all, size)
+            for start in range(begin, end, size):
+                stop = min(start + size, end)
+                here, now = slice(start - begin, stop - begin), slice(start, stop)
+                a, b, C = A_bar[..., here], B_bar[..., here], C_all[..., here]
+                decay = a.cumprod(-1)  # from the row before the block to each row
+                rows = a.new_empty(self.n_examples, self.n_heads, stop - start, self.n_keys)
+                rows[..., stop:] = 0
+                rows[..., :start] = (decay * C).mT @ columns[..., :start]
+                rows[..., now] = squares[here, :, :, : stop - start].permute(1, 2, 0, 3)
+                yield start, stop, rows
+                columns[..., :start] *= decay[..., -1:]
+                columns[..., now] = _decay_to_end(a) * b
 
     def _columns(self, first: int, last: int) -> Float[Tensor, "batch head d_state key"]:
         """Room for `last` columns; those before `first` decayed to row first - 1."""
@@ -166,105 +199,36 @@ class SSMMixing(Mixing):
         return columns
 
 
-class _Pair:
-    """Steps as cached: A_bar, B_bar."""
-
-    def __init__(self, A_bar: Tensor, B_bar: Tensor):
-        self.A_bar, self.B_bar, self.shape = A_bar, B_bar, B_bar.shape
-
-    def channels(self, chosen: slice) -> _Pair:
-        return _Pair(self.A_bar[:, :, chosen], self.B_bar[:, :, chosen])
-
-    def at(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """A_bar and B_bar there, [batch pos channel d_state]."""
-        return self.A_bar[:, positions], self.B_bar[:, positions]
-
-    def windows(self, lag: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """State by state: the decay over the `lag` steps that end at each i >= lag, and B_bar."""
-        for a, b in zip(
-            self.A_bar.expand_as(self.B_bar).unbind(3), self.B_bar.unbind(3), strict=True
-        ):
-            yield _window_products(a, lag), b
+def unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
+    """Signed rows as weights, by the named choice; `rows` may be overwritten."""
+    if normalise == "none":
+        return rows
+    if normalise == "softmax":
+        return rows.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
+    if normalise == "minmax":
+        low = rows.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
+        rows = (rows - low).masked_fill(~allowed, 0)
+    rows = rows.abs_()
+    return rows.div_(rows.sum(-1, keepdim=True).clamp_min(1e-30))
 
 
-class _Delta:
-    """Steps still to be discretised: delta, A, B and the rule."""
-
-    def __init__(self, delta: Tensor, A: Tensor, B: Tensor, rule: str):
-        if rule not in FACTORS:
-            raise ValueError(f"rule must be one of {list(FACTORS)}, got {rule!r}")
-        self.delta, self.A, self.B, self.rule = delta, A, B, rule
-        self.shape = (*delta.shape, B.shape[-1])
-
-    @cached_property
-    def elapsed(self) -> Tensor:
-        """Sum of delta up to each position; in float32, late spans would lose their digits."""
-        return self.delta.double().cumsum(1)
-
-    def channels(self, chosen: slice) -> _Delta:
-        return _Delta(self.delta[:, :, chosen], self.A[chosen], self.B, self.rule)
-
-    def at(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """A_bar and B_bar there, [batch pos channel d_state]."""
-        A_bar, gain = FACTORS[self.rule](self.delta[:, positions, :, None], self.A)
-        return A_bar, gain * self.B[:, positions, None]
-
-    def windows(self, lag: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `_Pair.windows`; where A_bar = exp(delta·A), from the time that has passed."""
-        passed = self.elapsed[:, lag:] - self.elapsed[:, : self.shape[1] - lag]
-        passed = (passed * math.log2(math.e)).to(self.delta.dtype)
-        for A, B in zip(self.A.expand(-1, self.shape[3]).unbind(1), self.B.unbind(2), strict=True):
-            A_bar, gain = FACTORS[self.rule](self.delta, A)
-            products = self.rule == "bilinear"
-            decay = _window_products(A_bar, lag) if products else torch.exp2(passed * A)
-            yield decay, gain * B.unsqueeze(-1)
-
-
-def _bilinear(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    phi = 1 / (1 - delta * A / 2)
-    return 1 + delta * A * phi, delta * phi
-
-
-def _zero_order_hold(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    z = delta * A
-    return z.exp(), torch.where(z == 0, delta, delta * torch.expm1(z) / torch.where(z == 0, 1, z))
-
-
-FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # A_bar and B_bar / B
-    "mamba": lambda delta, A: (torch.exp(delta * A), delta),
-    "zoh": _zero_order_hold,
-    "bilinear": _bilinear,
-}
-
-
-def _fill_triangle(square: Tensor, a: Tensor, b: Tensor, C: Tensor) -> None:
-    """M inside a block, diagonal by diagonal; `span` is the decay over the last `lag` steps."""
-    size = square.shape[-1]
-    span = torch.ones_like(a)
+def _triangles(a: Tensor, b: Tensor, C: Tensor, size: int) -> Tensor:
+    """M inside each block of `size` rows, [rows batch channel size], diagonal by diagonal."""
+    short = -a.shape[-1] % size
+    a, b, C = (torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, size)) for x in (a, b, C))
+    squares = a.new_zeros(*a.shape[:2], *a.shape[3:], size)  # [batch channel block size size]
+    span = torch.ones_like(a)  # the decay over the last `lag` steps
     for lag in range(size):
         entries = (C[..., lag:] * span * b[..., : size - lag]).sum(2)
-        square.diagonal(-lag, -2, -1).copy_(entries)
+        squares.diagonal(-lag, -2, -1).copy_(entries)
         span = a[..., lag + 1 :] * span[..., :-1]
+    return squares.flatten(2, 3).permute(2, 0, 1, 3)
 
 
 def _decay_to_end(a: Tensor) -> Tensor:
     """Along the last axis, the product of all later entries; 1 at the end."""
     later = a[..., 1:].flip(-1).cumprod(-1).flip(-1)
     return torch.cat([later, torch.ones_like(a[..., :1])], -1)
-
-
-def _window_products(a: Tensor, length: int) -> Tensor:
-    """Products over the `length` entries of axis 1 that end at each index >= `length`."""
-    size = a.shape[1]
-    product = torch.ones_like(a[:, : size - length])  # from entry i+1 on, for each i
-    power, covered = a[:, 1:], 0  # power: products of 2^k neighbours, by where they begin
-    for k in range(length.bit_length()):
-        if length >> k & 1:
-            product = product * power[:, covered : covered + size - length]
-            covered += 2**k
-        if length >> (k + 1):
-            power = power[:, : -(2**k)] * power[:, 2**k :]
-    return product
 
 
 def _by_channel(x: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""From TransformerLens bridges: what they cache, under the names that every score reads.
+
+Contains the name map of attention families (decoders, encoders, encoder-decoders) and of Mamba.
+Needs `transformer_lens` only in the caller's hands: nothing here imports it. Leaves out Mamba-2 and
+mixers with norms of their own on Δ, B and C (Jamba, FalconMamba).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from smearlens.analysis.layers import mixings
+from smearlens.analysis.mixing import Mixing
+from smearlens.analysis.state_space import SSMMixing
+
+BLOCK = re.compile(r"(?:(encoder|decoder)_)?blocks\.(\d+)")
+ATTENTION = re.compile(
+    BLOCK.pattern + r"\.(?:(?:self_)?(attn)|(cross_attn))\.(hook_(?:pattern|attn_scores|v|z))"
+)
+ROTATED = re.compile(BLOCK.pattern + r"\.(?:self_)?(attn)\.hook_rot_([qk])")
+STREAM = re.compile(
+    BLOCK.pattern + r"\.(hook_resid_pre|hook_resid_post|hook_attn_out|hook_mlp_out)"
+)
+PROJECTION = re.compile(r"blocks\.(\d+)\.mixer\.x_proj\.hook_out")
+
+
+def bridge_cache(
+    cache: Mapping[str, Tensor] | Any, bridge: Any = None, *, steps: bool = True
+) -> dict[str, Tensor]:
+    """What a `TransformerBridge` cached, under our names.
+
+    Attention: `hook_pattern`, `hook_attn_scores`, `hook_v`, `hook_z`, and `hook_q`, `hook_k` where
+    the bridge has them as they enter the scores (after rotary). Queries before that are left out: a
+    pattern rebuilt from them would be wrong. Mamba: everything of our `blocks.0.conv` and
+    `blocks.0.ssm` but write, state and y, made from what the projections put out and the weights.
+
+    Args:
+        cache: as `bridge.run_with_cache(tokens)` returns it
+        bridge: the model; needed for a Mamba, whose weights are in no cache
+        steps: include `hook_A_bar` and `hook_B_bar`, each [batch pos channel d_state] per layer;
+            `bridge_mixings` does without
+
+    Raises:
+        ValueError: if nothing in the cache has a name here, or a state-space layer is not Mamba's
+    """
+    found: dict[str, Tensor] = {}
+    for name in cache.keys():  # noqa: SIM118, an ActivationCache is no mapping
+        if (ours := _our_name(name)) is not None:
+            found[ours] = cache[name]
+    for layer, mixer in _mixers(cache, bridge):
+        found |= _mamba_layer(cache, layer, mixer)
+        if steps:
+            ssm = f"blocks.{layer}.ssm"
+            delta, B = found[f"{ssm}.hook_delta"].unsqueeze(-1), found[f"{ssm}.hook_B"]
+            found[f"{ssm}.hook_A_bar"] = torch.exp(delta * _decay(mixer))
+            found[f"{ssm}.hook_B_bar"] = delta * B.unsqueeze(-2)
+    if not found:
+        names = list(cache.keys())
+        raise ValueError(
+            f"none of the {len(names)} cached names ({names[:3]}…) is one of a bridge that this "
+            "library knows; cache blocks.0.attn.hook_pattern, or for a Mamba blocks.0.mixer.in_proj"
+            ".hook_out, x_proj.hook_in and x_proj.hook_out"
+        )
+    return found
+
+
+def bridge_mixings(cache: Mapping[str, Tensor] | Any, bridge: Any = None) -> dict[str, Mixing]:
+    """The mixing of every layer a bridge cached; any score takes it in the place of a cache.
+
+    For a Mamba this holds no [batch pos channel d_state] tensor. Arguments and errors as in
+    `bridge_cache`.
+    """
+    ours = bridge_cache(cache, bridge, steps=False)
+    found: dict[str, Mixing] = {}
+    if any(name.endswith("hook_pattern") for name in ours):
+        found |= mixings(ours, kind="attention")
+    for layer, mixer in _mixers(cache, bridge):
+        ssm = f"blocks.{layer}.ssm"
+        delta, B, C = (ours[f"{ssm}.{point}"] for point in ("hook_delta", "hook_B", "hook_C"))
+        found[ssm] = SSMMixing.from_delta(delta, _decay(mixer), B, C)
+    if not found:
+        raise ValueError(
+            f"no pattern and no Mamba layer among {sorted(ours)[:4]}…; cache "
+            "blocks.0.attn.hook_pattern"
+        )
+    return found
+
+
+def _our_name(theirs: str) -> str | None:
+    """Our name of an attention activation or of the residual stream, if it has one."""
+    if match := ATTENTION.fullmatch(theirs):
+        part, index, own, cross, point = match.groups()
+        return f"{_block(part, index)}.{own or cross}.{point}"
+    if match := ROTATED.fullmatch(theirs):
+        part, index, own, role = match.groups()
+        return f"{_block(part, index)}.{own}.hook_{role}"
+    if match := STREAM.fullmatch(theirs):
+        part, index, point = match.groups()
+        return f"{_block(part, index)}.{point}"
+    return theirs if theirs in ("hook_embed", "hook_pos_embed") else None
+
+
+def _block(part: str | None, index: str) -> str:
+    return f"{part}.blocks.{index}" if part else f"blocks.{index}"
+
+
+def _mixers(cache: Any, bridge: Any) -> Iterator[tuple[int, Any]]:
+    """Index and bridge of each Mamba layer in the cache."""
+    names = list(cache.keys())
+    other = [n for n in names if ".mixer." in n and n.replace("in_proj", "x_proj") not in names]
+    for name in names:
+        if not (match := PROJECTION.fullmatch(name)):
+            continue
+        if bridge is None:
+            raise ValueError(f"{name} is a Mamba's: pass bridge=, its weights are needed too")
+        mixer = bridge.blocks[int(match[1])].mixer
+        if getattr(mixer, "rms_eps", None) is not None or hasattr(mixer, "b_layernorm"):
+            raise ValueError(f"{name}: a mixer with norms on its own Δ, B, C is not supported")
+        yield int(match[1]), mixer
+    if other and not any(PROJECTION.fullmatch(name) for name in names):
+        raise ValueError(f"{other[0]} is cached without an x_proj.hook_out: not a Mamba (1) layer")
+
+
+def _mamba_layer(cache: Any, layer: int, mixer: Any) -> dict[str, Tensor]:
+    """Convolution and state-space layer of one block, from three cached activations."""
+    theirs, block = f"blocks.{layer}.mixer", f"blocks.{layer}"
+    needed = [f"{theirs}.{p}" for p in ("in_proj.hook_out", "x_proj.hook_in", "x_proj.hook_out")]
+    if missing := [name for name in needed if name not in cache]:
+        raise ValueError(f"{block} of this Mamba needs {missing} in the cache")
+    inner, u, projected = (cache[name] for name in needed)
+    x, gate = inner.chunk(2, -1)
+    d_state = mixer.A_log.shape[1]
+    low, B, C = projected.split([projected.shape[-1] - 2 * d_state, d_state, d_state], -1)
+    raw = F.linear(low, mixer.dt_proj.weight.detach(), mixer.dt_proj.bias.detach())
+    kernel = mixer.conv1d.weight.detach()
+    bias = None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach()
+    padded = F.pad(x.mT, (kernel.shape[-1] - 1, 0))
+    return {
+        f"{block}.conv.hook_in": x,
+        f"{block}.conv.hook_kernel": kernel[:, 0].flip(-1),  # theirs correlates
+        f"{block}.conv.hook_out": F.conv1d(padded, kernel, bias, groups=len(kernel)).mT,
+        f"{block}.ssm.hook_u": u,
+        f"{block}.ssm.hook_delta_raw": raw,
+        f"{block}.ssm.hook_delta": F.softplus(raw),
+        f"{block}.ssm.hook_B": B,
+        f"{block}.ssm.hook_C": C,
+        f"{block}.ssm.hook_gate": F.silu(gate),
+    }
+
+
+def _decay(mixer: Any) -> Float[Tensor, "channel d_state"]:
+    """A, negative."""
+    return -torch.exp(mixer.A_log.detach().float())
