@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint as LensHookPoint
 from transformer_lens.hook_points import LensHandle
@@ -47,7 +47,7 @@ class HookPoint(LensHookPoint):
         return handle
 
 
-def is_hooked(point: LensHookPoint) -> bool:
+def is_hooked(point: nn.Module) -> bool:
     """Whether anything, forward or backward, is attached to `point`, by whatever call."""
     return bool(
         point._forward_hooks

@@ -33,7 +33,7 @@ class MambaConfig:
     kernel_size: int = 4  # taps of the short convolution; 1 sees only the present token
     expand: int = 2  # d_inner = expand · d_model
     d_state: int = 16
-    rule: Literal["mamba", "zoh", "bilinear"] = "mamba"  # discretisation
+    rule: Literal["mamba", "zoh", "bilinear", "bilinear-clamped"] = "mamba"  # discretisation
     a: Literal["learned", "minus-one"] = "learned"
     delta: Literal["selective", "constant", "position"] = "selective"
     scale_delta: bool = False  # divide Δ by √d_inner

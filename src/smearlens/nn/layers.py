@@ -15,17 +15,18 @@ from smearlens.nn.conv import DepthwiseConv
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them."""
+    """Two linear maps with a GELU between them: the tanh form, or the exact one (`gelu="none"`)."""
 
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, d_model: int, d_mlp: int, *, bias: bool = True, gelu: str = "tanh"):
         super().__init__()
-        self.up = nn.Linear(d_model, d_mlp)
-        self.down = nn.Linear(d_mlp, d_model)
+        self.gelu = gelu  # the approximation, in the words of torch
+        self.up = nn.Linear(d_model, d_mlp, bias=bias)
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
         self.hook_post = HookPoint()  # [batch pos d_mlp], after the GELU
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Apply to every position alone."""
-        return self.down(self.hook_post(F.gelu(self.up(x), approximate="tanh")))
+        return self.down(self.hook_post(F.gelu(self.up(x), approximate=self.gelu)))
 
 
 class Block(nn.Module):
@@ -43,6 +44,8 @@ class Block(nn.Module):
         residual: whether sublayers add to the stream
         norm: whether a LayerNorm stands before attention and MLP
         dropout: on what attention and MLP add
+        bias: whether norms and MLP have biases; those of attention are its own affair
+        gelu: of the MLP, "tanh" or "none", the exact one
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Block(nn.Module):
         residual: bool = True,
         norm: bool = False,
         dropout: float = 0.0,
+        bias: bool = True,
+        gelu: str = "tanh",
     ):
         super().__init__()
         self.attn, self.conv, self.residual = attn, conv, residual
-        self.mlp = None if d_mlp is None else MLP(d_model, d_mlp)
-        self.ln1 = nn.LayerNorm(d_model) if norm else nn.Identity()
-        self.ln2 = nn.LayerNorm(d_model) if norm and d_mlp is not None else nn.Identity()
+        self.mlp = None if d_mlp is None else MLP(d_model, d_mlp, bias=bias, gelu=gelu)
+        self.ln1 = nn.LayerNorm(d_model, bias=bias) if norm else nn.Identity()
+        self.ln2 = nn.LayerNorm(d_model, bias=bias) if norm and self.mlp else nn.Identity()
         self.drop = nn.Dropout(dropout)
         self.hook_resid_pre = HookPoint()  # [batch pos d_model]
         if conv is not None:

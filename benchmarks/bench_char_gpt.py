@@ -1,0 +1,139 @@
+"""CharGPT beside Hugging Face's GPT-2 of the same sizes, and its loss, generation and tracking.
+
+    python benchmarks/bench_char_gpt.py
+
+A training step is forward, backward and the same fused AdamW on both sides; no dropout. The peer of
+generation is a loop that runs the whole context again for each token, that of the streamed loss the
+plain one, that of tracking a number of training steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from timing import Row, compare, report
+from torch import Tensor, nn
+
+from smearlens import TrainConfig
+from smearlens.data.synthetic import repeated_tokens
+from smearlens.models.char_gpt import CharGPT, CharGPTConfig
+from smearlens.nn.large_vocab import plain_loss, streamed_loss
+from smearlens.training.attention_tracking import AttentionTracking
+from smearlens.training.update import adamw
+
+STEP_BARS = {"cpu": 1 / 1.25, "shakespeare": 1 / 1.1}  # time of a step, as a fraction of GPT-2's
+GENERATION_BAR = 1 / 5  # of a loop that runs the whole context again
+STREAMED_BAR = 0.8  # of the loss with all its logits
+BATCH = {"cpu": 12, "shakespeare": 2}
+D_VOCAB = 50257  # of GPT-2's tokenizer
+
+
+def gpt2(config: CharGPTConfig) -> nn.Module:
+    """Hugging Face's GPT-2 of these sizes, with its fused attention."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    sizes = transformers.GPT2Config(
+        vocab_size=config.d_vocab, n_embd=config.d_model, n_head=config.n_heads,
+        n_layer=config.n_layers, n_positions=config.n_ctx, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(sizes)
+
+
+def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """One training step."""
+    optimizer = adamw(model.train(), TrainConfig(steps=1, weight_decay=0.1))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def step_rows() -> Iterator[Row]:
+    for name, bar in STEP_BARS.items():
+        model = CharGPT.from_preset(name, dropout=0.0)
+        config, peer = model.config, gpt2(model.config)
+        tokens = torch.randint(config.d_vocab, (BATCH[name], config.n_ctx))
+        ours = stepper(model, lambda m=model, t=tokens: m(t, return_type="loss"))
+        theirs = stepper(peer, lambda m=peer, t=tokens: m(t, labels=t).loss)
+        shape = (*tokens.shape, config.d_model, config.n_layers)
+        yield compare(f"training step / GPT2LMHeadModel, {name}", shape, ours, theirs, bar)
+
+
+@torch.no_grad()
+def recomputed(model: CharGPT, tokens: Tensor, count: int) -> Tensor:
+    """Greedy continuation without caches."""
+    for _ in range(count):
+        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), 1)
+    return tokens
+
+
+def generation_rows() -> Iterator[Row]:
+    model = CharGPT.from_preset("shakespeare").eval()
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    yield compare(
+        "generation of 255 tokens / running the context again, shakespeare",
+        (1, 256),
+        lambda: model.generate(prompt, 255, temperature=0),
+        lambda: recomputed(model, prompt, 255),
+        GENERATION_BAR,
+        rounds=3,
+    )
+
+
+def loss_rows() -> Iterator[Row]:
+    for rows, d_model in ((1008, 32), (1008, 64), (2040, 64)):
+        hidden = torch.randn(rows, d_model, requires_grad=True)
+        weight = (torch.randn(D_VOCAB, d_model) * 0.1).requires_grad_()
+        targets = torch.randint(D_VOCAB, (rows,))
+
+        def run(loss, given=(hidden, weight, targets)) -> None:
+            torch.autograd.grad(loss(*given), given[:2])
+
+        name = "streamed / plain loss with gradients"
+        shape = (rows, D_VOCAB, d_model)
+        yield compare(
+            name, shape, lambda run=run: run(streamed_loss), lambda run=run: run(plain_loss),
+            STREAMED_BAR, rounds=5,
+        )  # fmt: skip
+
+
+def tracking_rows(batch: int = 12, n_steps: int = 10) -> Iterator[Row]:
+    """One look at the model beside the steps that make 2 % of the 500 between two looks."""
+    model = CharGPT.from_preset("cpu")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(65, (batch, 64), generator=generator)
+    step = stepper(model, lambda: model(tokens, return_type="loss"))
+    repeats = repeated_tokens(batch, (8, 24), 64, 65, generator=generator)
+    tracking = AttentionTracking(tokens, generator=generator, repeats=repeats)
+
+    def steps() -> None:
+        for _ in range(n_steps):
+            step()
+
+    name = "tracking once / ten training steps (2 % of 500), cpu"
+    yield compare(name, (batch, 64), lambda: tracking(model), steps, 1.0, rounds=5)
+
+
+def main() -> list[Row]:
+    """Rows of every case."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+
+    def rows() -> Iterator[Row]:
+        yield from step_rows()
+        yield from generation_rows()
+        yield from loss_rows()
+        yield from tracking_rows()
+
+    return report(rows())
+
+
+if __name__ == "__main__":
+    main()
