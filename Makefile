@@ -2,6 +2,8 @@
 # make test    the tests
 # make check   everything CI checks: format, lint, types, tests
 # make docs    the documentation, every output computed: site/index.html
+# make docs-check  build it, then look at every page and report in a headless Chromium
+# make docs-smoke  build it with ProperDocs and Zensical too, in environments of their own
 # make bench   speed and memory as ratios in one process
 # make stress  kill training at random moments and compare every byte
 # Each installs into .venv first if that is missing or older than the project's own files.
@@ -10,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check format lint types docs bench stress clean
+.PHONY: demo test check format lint types docs docs-check docs-smoke bench stress clean
 
 demo: .venv/installed
 	$(BIN)/smearlens compare --out runs/compare
@@ -34,6 +36,12 @@ types: .venv/installed
 docs: .venv/installed-docs
 	$(TORCH_THREADS) $(BIN)/python docs/build_tutorials.py
 	$(BIN)/mkdocs build --strict
+
+docs-check: docs
+	$(TORCH_THREADS) $(BIN)/python docs/check_site.py
+
+docs-smoke: docs
+	$(BIN)/python docs/smoke_builds.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

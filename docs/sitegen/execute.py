@@ -31,11 +31,14 @@ def run_tutorial(name: str, cells: list[Cell], folder: str) -> tuple[Any, list[l
         cells=[make[cell.kind](cell.source, id=f"cell-{i}") for i, cell in enumerate(cells)],
         metadata={"kernelspec": KERNEL},
     )
-    resources = {"metadata": {"path": folder}}
+    options = {
+        "timeout": SECONDS_PER_CELL,
+        "resources": {"metadata": {"path": folder}},
+        "record_timing": False,
+        "extra_arguments": ["--IPKernelApp.log_level=ERROR"],
+    }
     try:
-        NotebookClient(
-            book, timeout=SECONDS_PER_CELL, resources=resources, record_timing=False
-        ).execute()
+        NotebookClient(book, **options).execute()
     except CellExecutionError as error:
         raise CellError(f"{name}: {error}") from None
     return book, [cell.get("outputs", []) for cell in book.cells]

@@ -13,8 +13,14 @@ from typing import Any
 from sitegen.cells import Cell
 
 
-def to_markdown(cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: Path) -> str:
-    """The page, and its figures written as `{page.stem}-{n}.png` into the folder of `page`."""
+def to_markdown(
+    cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: Path, root: Path
+) -> str:
+    """The page, and its figures written as `{page.stem}-{n}.png` into the folder of `page`.
+
+    A page with components of CircuitsVis gets their script, once, from the assets of the site,
+    whose pages lie below `root`.
+    """
     figures: list[Path] = []
     parts = []
     for cell, shown in zip(cells, outputs, strict=True):
@@ -24,6 +30,9 @@ def to_markdown(cells: Sequence[Cell], outputs: Sequence[Sequence[Any]], page: P
         if cell.kind != "show":
             parts.append(f"```python\n{cell.source}\n```")
         parts += [_output(output, cell, page, figures) for output in _joined(shown)]
+    if any("slQueue" in part for part in parts):
+        up = "../" * len(page.relative_to(root).with_suffix("").parts)
+        parts.append(f'<script src="{up}assets/circuitsvis.js"></script>')
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -43,7 +52,7 @@ def _output(output: Any, cell: Cell, page: Path, figures: list[Path]) -> str:
     if output["output_type"] == "stream":
         return _text(output["text"], " .error" if cell.kind == "raises" else "")
     data = output["data"]
-    if "smearlens" in data.get("text/html", "")[:30]:
+    if "smearlens" in data.get("text/html", "")[:30] or "slQueue" in data.get("text/html", ""):
         return _widget(data["text/html"])
     if "text/markdown" in data:
         return data["text/markdown"]
@@ -62,7 +71,8 @@ def _text(text: str, extra: str = "") -> str:
 
 
 def _widget(html: str) -> str:
-    """A widget on a page that has the script already."""
+    """A widget on a page that has its script already."""
+    from smearlens.viz import embed_bundle
     from smearlens.viz.widgets import page_bundle
 
-    return html.removesuffix(page_bundle())
+    return html.removesuffix(page_bundle()).removesuffix(embed_bundle().html)

@@ -10,12 +10,14 @@ import yaml
 
 import smearlens
 from smearlens import AttnAttn, ConvAttn, Mamba
+from smearlens.experiments.claims import CLAIMS
+from smearlens.experiments.study import STUDIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "pages"
 sys.path.insert(0, str(ROOT / "docs"))
 
-from sitegen import reference  # noqa: E402
+from sitegen import reference, results  # noqa: E402
 from sitegen.cells import Cell, parse_page, parse_percent  # noqa: E402
 from sitegen.render import to_markdown  # noqa: E402
 
@@ -184,6 +186,64 @@ def test_every_metric_and_picture_of_the_package_is_explained():
     assert not {n for n in shown if n not in gallery} - {"Widget", "page_bundle"}
 
 
+def test_the_readme_and_the_pages_list_every_study():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    listed = re.findall(r"^\| `([a-z-]+)` \|", readme.split("## Studies")[1], re.MULTILINE)
+    assert listed == list(STUDIES)
+    assert [study.name for study in results.studies()] == ["compare", *STUDIES]
+    assert all(study.question for study in results.studies())
+
+
+def test_claims_judged_without_results_are_read_off_the_rules(monkeypatch):
+    committed = {study.name: set(study.claims) for study in results.studies() if study.result}
+    monkeypatch.setattr(results, "results", dict)
+    bare = {study.name: set(study.claims) for study in results.studies()}
+    assert bare["compare"] == committed["compare"] == {1, 6, 8, 9, 10}
+    assert "No committed verdict. Judged by `smearlens compare`" in results.claims_in_full()
+
+
+def test_every_claim_and_verdict_is_on_the_page():
+    page = results.claims_in_full()
+    for claim in CLAIMS:
+        section = page.split(f"## Claim {claim.number}\n")[1].split("\n## ")[0]
+        assert claim.statement in section
+        for study, verdict in results.verdicts().get(claim.number, []):
+            assert f'<b class="verdict {verdict["outcome"]}">' in section
+            assert verdict["because"] in section
+            assert f"reports/{study.name}/report.html" in section
+        if claim.number not in results.verdicts():
+            assert "No committed verdict" in section
+    rows = results.claims_overview().splitlines()
+    assert {row.count("|") for row in rows} == {4}
+
+
+def test_the_model_of_the_readme_draws_its_induction_head(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    code = re.search(r"## A picture of your own model.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(code.replace("range(200)", "range(100)"), scope)
+    page = (tmp_path / "heads.html").read_text("utf-8")
+    assert 'class="smearlens"' in page
+    cache = {"blocks.0.attn.hook_pattern": scope["pattern"]}
+    assert float(smearlens.induction_score(cache, scope["tokens"])["blocks.0.attn"].mean()) > 0.8
+
+
+@pytest.mark.parametrize("home", ["", "me/mine/blob/gh-pages"])
+def test_a_colab_link_appears_only_where_the_site_is_said_to_be(home):
+    nbformat = pytest.importorskip("nbformat")
+    from build_tutorials import with_downloads
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"{i}") for i in range(3)])
+    page = with_downloads("# T\n\ntext\n", book, "01_x", home)
+    assert page.startswith("# T\n\n[Download as a notebook](01_x.ipynb)")
+    link = "https://colab.research.google.com/github/me/mine/blob/gh-pages/tutorials/01_x.ipynb"
+    assert (link in page) == bool(home)
+    sources = [cell.source for cell in book.cells]
+    install = ["%pip install -q git+https://github.com/me/mine"] if home else []
+    assert sources == ["0", *install, "1", "2"]
+
+
 def test_parsers_keep_text_and_code_apart():
     text = "# ---\n# kernelspec: x\n# ---\n# %% [markdown]\n# # A\n#\n# b\n# %%\nx = 1\n\n# y\n"
     assert parse_percent(text) == [Cell("markdown", "# A\n\nb"), Cell("run", "x = 1\n\n# y")]
@@ -197,7 +257,7 @@ def test_outputs_become_markdown(tmp_path):
     cells = [Cell("markdown", "# T"), Cell("run", "f()"), Cell("show", "hidden()")]
     image = {"output_type": "display_data", "data": {"image/png": b"png", "text/plain": "<F>"}}
     stream = {"output_type": "stream", "name": "stdout", "text": "out\n"}
-    text = to_markdown(cells, [[], [stream], [image]], tmp_path / "page.md")
+    text = to_markdown(cells, [[], [stream], [image]], tmp_path / "page.md", tmp_path)
     assert text.startswith("# T\n\n```python\nf()\n```\n\n``` { .text .output }\nout\n```\n\n![")
     assert "hidden" not in text
     assert (tmp_path / "page-1.png").read_bytes() == b"png"

@@ -1,19 +1,12 @@
 """Widgets in a headless Chromium: drawn, quiet, offline, safe, resizable, usable by keyboard.
 
-The browser is driven through its DevTools pipe (two file descriptors, JSON between NUL bytes), so
-that a Chromium is all these tests need. `SMEARLENS_CHROMIUM` names one that is not on the path.
+A Chromium is all these tests need; `SMEARLENS_CHROMIUM` names one that is not on the path.
 """
 
-import base64
-import fcntl
 import io
 import json
-import os
-import select
-import shutil
-import subprocess
 import sys
-import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,25 +15,12 @@ from PIL import Image
 from smearlens.viz import circuitsvis_adapter, widgets
 from smearlens.viz._payload import visible
 
-CANDIDATES = ("chromium", "chromium-browser", "google-chrome")
-FOUND = os.environ.get("SMEARLENS_CHROMIUM") or next(
-    filter(None, map(shutil.which, CANDIDATES)), ""
-)
-pytestmark = pytest.mark.skipif(not FOUND, reason=f"no browser on the path: {CANDIDATES}")
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-FLAGS += ["--no-first-run", "--hide-scrollbars", "--disable-background-networking"]
-FLAGS += ["--remote-debugging-pipe"]
-LAUNCH = """import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.dup2(int(sys.argv[2]), 4)
-os.execv(sys.argv[3], sys.argv[3:])"""
-DRAWN = """new Promise(done => (function wait() {
-  const all = [...document.querySelectorAll('.smearlens')];
-  if (document.readyState == 'complete' && all.every(w => w.querySelector('sl-say')?.textContent))
-    requestAnimationFrame(() => setTimeout(done));
-  else setTimeout(wait, 2);
-})())"""
+from sitegen.browser import CANDIDATES, INKED, Browser, Page, find_browser
+
+FOUND = find_browser()
+pytestmark = pytest.mark.skipif(not FOUND, reason=f"no browser on the path: {CANDIDATES}")
 
 HOSTILE = [
     "</script>",
@@ -79,96 +59,12 @@ HOSTILE = [
 ]
 
 
-class Browser:
-    """A Chromium process and the messages to and from it."""
-
-    def __init__(self, program):
-        self.folder = tempfile.mkdtemp()
-        commands, self.commands = os.pipe()
-        self.answers, answers = os.pipe()
-        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (commands, answers)]
-        launch = [sys.executable, "-c", LAUNCH, *map(str, theirs), program, *FLAGS]
-        self.process = subprocess.Popen(
-            [*launch, f"--user-data-dir={self.folder}", "about:blank"],
-            pass_fds=theirs,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for fd in (commands, answers, *theirs):
-            os.close(fd)
-        self.buffer, self.events, self.count = b"", [], 0
-
-    def send(self, method, session=None, **params):
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params}
-        message |= {"sessionId": session} if session else {}
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def receive(self):
-        while b"\0" not in self.buffer:
-            assert select.select([self.answers], [], [], 30)[0], "no answer from the browser"
-            data = os.read(self.answers, 1 << 20)
-            assert data, "the browser has ended"
-            self.buffer += data
-        message, self.buffer = self.buffer.split(b"\0", 1)
-        return json.loads(message)
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.commands)
-        os.close(self.answers)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Page:
-    """One tab."""
-
-    def __init__(self, browser, width=800):
-        self.browser = browser
-        target = browser.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = browser.send("Target.attachToTarget", targetId=target, flatten=True)
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.do(f"{domain}.enable")
-        self.do("Performance.enable", timeDomain="threadTicks")
-        self.resize(width)
-
-    def do(self, method, **params):
-        return self.browser.send(method, self.session["sessionId"], **params)
-
-    def resize(self, width):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.do("Emulation.setDeviceMetricsOverride", **size)
-
-    def theme(self, name):
-        features = [{"name": "prefers-color-scheme", "value": name}]
-        self.do("Emulation.setEmulatedMedia", features=features)
-
-    def js(self, code):
-        answer = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def open(self, path):
-        """Returns the seconds of processor time that the tab has spent once all is drawn.
-
-        Not seconds of the clock, which tell how busy the machine is with other things.
-        """
-        self.do("Page.navigate", url=path.as_uri())
-        self.js(DRAWN)
-        metrics = self.do("Performance.getMetrics")["metrics"]
-        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+class Tab(Page):
+    """A tab with a pointer and a keyboard, and the first widget in it."""
 
     def wait(self, event):
         while not any(e["method"] == event for e in self.browser.events[-1:]):
             self.browser.events.append(self.browser.receive())
-
-    def settle(self):
-        self.js("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
 
     def mouse(self, x, y):
         self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -191,27 +87,18 @@ class Page:
         left, top, width, height = self.map()
         self.mouse(left + (key + 0.5) * width, top + (query + 0.5) * height)
 
-    def shot(self):
-        data = self.do("Page.captureScreenshot")["data"]
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    def pixels(self):
+        return np.asarray(Image.open(io.BytesIO(self.shot())).convert("RGB"))
+
+    def open(self, path):
+        return super().open(path.as_uri())
 
     def problems(self):
         """Console messages, exceptions and requests other than the page itself."""
-        found = []
-        for event in self.browser.events:
-            if event.get("sessionId") != self.session["sessionId"]:
-                continue
-            params = event["params"]
-            if event["method"] in (
-                "Runtime.consoleAPICalled",
-                "Runtime.exceptionThrown",
-                "Log.entryAdded",
-            ):
-                found.append(params)
-            if event["method"] == "Network.requestWillBeSent":
-                url = params["request"]["url"]
-                found += [] if url.startswith(("file:", "data:")) else [url]
-        return found
+        return [
+            *self.messages(),
+            *(url for url in self.requests() if not url.startswith("file:")),
+        ]
 
 
 MAP = """(() => {
@@ -220,12 +107,6 @@ MAP = """(() => {
   const width = (box.width - p.left - 4) / K, height = p.tall || width;
   return [box.x + p.left, box.y + 5, width, height];
 })()"""
-INKED = """[...document.querySelectorAll("canvas")].filter(c => c.offsetWidth).map(c => {
-  const copy = Object.assign(document.createElement("canvas"), {width: c.width, height: c.height});
-  const g = copy.getContext("2d", {willReadFrequently: true});
-  g.drawImage(c, 0, 0);
-  return new Set(new Uint32Array(g.getImageData(0, 0, c.width, c.height).data.buffer)).size;
-})"""
 EARLY = """window.written = [];
 const fill = CanvasRenderingContext2D.prototype.fillText;
 CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
@@ -234,21 +115,20 @@ CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
   return fill.call(this, text, ...rest);
 };
 new MutationObserver(() => {
-  window.payload ||= document.querySelector(".smearlens script")?.textContent;
+  window.payload ||= document.querySelector(".smearlens")?.dataset.view;
 }).observe(document, {childList: true, subtree: true});"""
 
 
 @pytest.fixture(scope="module")
 def browser():
-    browser = Browser(FOUND)
-    yield browser
-    browser.close()
+    with Browser(FOUND) as browser:
+        yield browser
 
 
 @pytest.fixture
 def page(browser):
     """A quiet tab: no console message, no request, whatever the test did."""
-    page = Page(browser)
+    page = Tab(browser)
     page.do("Page.addScriptToEvaluateOnNewDocument", source=EARLY)
     yield page
     assert page.problems() == []
@@ -333,7 +213,7 @@ def test_rectangular_map_has_its_own_tokens_on_each_axis(page, tmp_path):
     assert sorted(rows, key=rows.get) == queries
     assert sorted(cols, key=cols.get) == keys
     left, top, width, height = page.map()
-    pixels = page.shot()
+    pixels = page.pixels()
     for query, key in enumerate(target):
         page.hover(query, key)
         assert page.say() == f"query 'q{query}' ({query}) → key 'k{key}' ({key}), 1.00"
@@ -449,7 +329,7 @@ def test_instant_navigation_draws_what_arrives_later(page, tmp_path):
     page.open(path)
     html = json.dumps(one_of_each()["tokens"].to_html("page"))
     page.js(f"document.querySelector('main').innerHTML = {html}; arrive()")
-    page.js(DRAWN)
+    page.drawn()
     assert page.js("document.querySelectorAll('sl-text span').length") == 13
 
 
@@ -458,11 +338,11 @@ def test_picture_stands_where_scripts_are_off(page, tmp_path):
     page.do("Emulation.setScriptExecutionDisabled", value=True)
     page.do("Page.navigate", url=path.as_uri())
     page.wait("Page.loadEventFired")
-    assert len(np.unique(page.shot().reshape(-1, 3), axis=0)) > 10
+    assert len(np.unique(page.pixels().reshape(-1, 3), axis=0)) > 10
 
 
 def test_circuitsvis_shares_one_bundle_and_keeps_tokens_as_text(browser, tmp_path):
-    page = Page(browser)
+    page = Tab(browser)
     tokens = [token for token in HOSTILE if token and token != "\ud800"]
     pattern = softmax_rows(2, len(tokens), len(tokens))
     parts = [

@@ -175,7 +175,7 @@ def colour_stops(signed: bool, scale: str) -> list[list[tuple[float, str]]]:
 
 
 def safe_json(value: Any) -> str:
-    r"""JSON that stays data inside a `<script>` element: ASCII, without `<`, `>`, `&` and `'`.
+    r"""JSON that stays data in a script or between single quotes: ASCII without `<`, `>`, `&`, `'`.
 
     >>> safe_json({"token": "</script>"})
     '{"token":"\\u003c/script\\u003e"}'

@@ -80,10 +80,9 @@ class Widget:
         )  # base64 adds a third
         source = base64.b64encode(draw(self.payload, self.values, limit=limit)).decode()
         html = (
-            f'<div class="smearlens" style="max-width:{self.max_width}px">'
+            f'<div class="smearlens" style="max-width:{self.max_width}px" data-view=\'{data}\'>'
             f'<img alt="{safe_html(self.summary)}" style="max-width:100%" '
-            f'src="data:image/png;base64,{source}">'
-            f'<script type="application/json">{data}</script></div>'
+            f'src="data:image/png;base64,{source}"></div>'
         )
         return html + page_bundle() if bundle == "inline" else html
 

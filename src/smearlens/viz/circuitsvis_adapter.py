@@ -90,7 +90,8 @@ class Component:
             raise ValueError(f"bundle must be 'inline' or 'page', got {bundle!r}")
         call = safe_json([self.key, self.name, self.props])
         html = (
-            f'<div style="max-width:{self.max_width}px"><div id="{self.key}"></div></div>'
+            f'<div style="max-width:{self.max_width}px"><div id="{self.key}">'
+            f"CircuitsVis {self.name}: drawn where scripts are allowed</div></div>"
             f"<script>(window.slQueue=window.slQueue||[]).push({call});"
             "window.slFlush&&slFlush()</script>"
         )

@@ -135,7 +135,7 @@ def head_maps(study: Study) -> list[Any]:
         weights = np.tril(np.asarray(example["patterns"]))
         weights = weights / weights.sum(-1, keepdims=True)  # undo the rounding of result.json
         parts.append(attention_heads(
-            weights, [f"{token} " for token in example["tokens"]], mask="causal",
+            weights, [f" {token}" for token in example["tokens"]], mask="causal",
             title=f"{name}: {example['layer']}, one example of repeated random tokens",
         ))  # fmt: skip
     return parts

@@ -8,10 +8,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
 from smearlens.analysis.stats import Estimate
+
+INTERVAL = re.compile(r"\[[^\]]*\]")
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d2329;--soft:#5b6770;--line:#d9dee3;--card:#f6f8fa;--bg:#fff}
@@ -20,9 +23,9 @@ STYLE = """
 body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:1060px;
 margin:2rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;
 margin-top:2.4rem}p.lead,figcaption,.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;
-font-size:13px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.35rem .6rem;
-border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th{font-weight:600;color:var(--soft)}
+font-size:13px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.35rem .5rem;
+border-bottom:1px solid var(--line);vertical-align:top}th{font-weight:600;color:var(--soft)}
+td span{white-space:nowrap}.wide td span{display:block}.smearlens{margin:1.6rem 0}
 .scroll{overflow-x:auto}img{max-width:100%}figure{margin:1rem 0}.claim{background:var(--card);
 border:1px solid var(--line);border-left:5px solid var(--c);border-radius:4px;padding:.7rem 1rem;
 margin:.8rem 0}.claim b.v{color:var(--c);text-transform:uppercase;font-size:.8rem;
@@ -52,12 +55,24 @@ def picture(data: bytes, text: str) -> str:
     return f"<figure><img alt='{html.escape(text)}' src='data:image/png;base64,{source}'></figure>"
 
 
+def spoken(estimate: Estimate) -> str:
+    """Mean, interval and number of runs, with as many digits as small numbers need.
+
+    >>> spoken(Estimate(0.9187, 0.9121, 0.9252, 3)), spoken(Estimate(9.3e-05, -4.9e-05, 2.3e-4, 3))
+    ('0.919 [0.912, 0.925], n = 3', '9.3e-05 [-4.9e-05, 2.3e-04], n = 3')
+    """
+    numbers = (estimate.mean, estimate.low, estimate.high)
+    shape = ".1e" if 0 < max(map(abs, numbers)) < 0.002 else ".3f"
+    mean, low, high = (format(number, shape) for number in numbers)
+    return f"{mean} [{low}, {high}], n = {estimate.n}"
+
+
 def claim_box(verdict: dict[str, Any]) -> str:
     """A verdict with its statement, reason, test and numbers."""
     claim = verdict["claim"]
     items = "".join(
         f"<li>{'causal' if f['causal'] else 'correlational'} · {html.escape(f['label'])}: "
-        f"{Estimate(**f['estimate'])}</li>"
+        f"{spoken(Estimate(**f['estimate']))}</li>"
         for f in verdict["findings"]
     )
     return (
@@ -74,13 +89,17 @@ def table(rows: list[list[str]]) -> str:
     """Rows as an HTML table, the first one its head."""
     head, *body = rows
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
-    )
+    lines = "".join("<tr>" + "".join(f"<td>{_cell(c)}</td>" for c in row) + "</tr>" for row in body)
+    kind = " class='wide'" if len(head) > 6 else ""  # an interval below its mean
     return (
-        f"<div class='scroll'><table><thead><tr>{cells}</tr></thead>"
+        f"<div class='scroll'><table{kind}><thead><tr>{cells}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    """A cell that may break before an interval and not within it."""
+    return INTERVAL.sub(r"<span>\g<0></span>", html.escape(text))
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -182,7 +182,7 @@ function view(v) {
 const live = new Set(), again = () => live.forEach((v) => v.div.isConnected ? v.draw() : live.delete(v));
 async function start(div) {
 	div.dataset.live = 1;
-	const p = JSON.parse(div.querySelector("script").textContent), { frames } = p, at = await decode(p), body = el("div");
+	const p = JSON.parse(div.dataset.view), { frames } = p, at = await decode(p), body = el("div");
 	const v = { div, p, at, body, frame: p.start, say: el("sl-say", { ariaLive: "polite" }), bar: el("i") };
 	const show = view(v), out = el("output", {}, frames[p.start]), slider = el("input", { type: "range", max: frames.length - 1, value: p.start });
 	v.draw = () => div.clientWidth && (colours(v), show());
