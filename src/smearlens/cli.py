@@ -44,6 +44,7 @@ class Experiment:
     quick: bool = False  # few seeds and updates: to see it work, not to be convinced
     seeds: int | None = None  # independent runs of every model; default: the study's own
     steps: int | None = None  # updates per model; default: the study's own
+    data: str | None = None  # folder of the text, for a study that takes one
     jobs: int = 2  # processes; results do not depend on it
     force: bool = False  # delete what OUT holds of an earlier study and start over
 

@@ -14,6 +14,7 @@ from smearlens.nn.discretize import (
     negative_share,
     rule_named,
 )
+from smearlens.nn.scan import selective_scan, selective_scan_plain
 
 ALL = sorted(RULES)
 
@@ -37,6 +38,8 @@ def pair(delta, a, rule, dtype=torch.float64):
         ("bilinear", 2, -1, (0, 1)),
         ("bilinear", 3, -1, (-0.2, 1.2)),
         ("bilinear", 6, -1, (-0.5, 1.5)),
+        ("bilinear-clamped", 0.7, -1, (0.481481, 0.518519)),
+        ("bilinear-clamped", 6, -1, (0, 1.5)),
     ],
 )
 def test_pairs_computed_by_hand(rule, delta, a, expected):
@@ -57,6 +60,8 @@ def test_gain_of_a_constant_input(delta):
     for rule in ALL:
         A_bar, B_bar = pair(delta, -1.0, rule)
         dc[rule] = B_bar / (1 - A_bar)
+    kept = 1 if delta < 2 else delta / (1 + delta / 2)  # a clamped A_bar lets go of it all
+    assert dc["bilinear-clamped"] == pytest.approx(kept, rel=1e-13)
     assert dc["zoh"] == pytest.approx(1, rel=1e-13)
     assert dc["bilinear"] == pytest.approx(1, rel=1e-13)
     assert dc["mamba"] == pytest.approx(delta / (1 - math.exp(-delta)), rel=1e-13)
@@ -115,8 +120,14 @@ SLOPES = {  # α', φ' as functions of z
     "mamba": lambda z: (torch.exp(z), 0 * z),
     "zoh": lambda z: (torch.exp(z), moment(z, 1)),
     "bilinear": lambda z: (1 / (1 - z / 2) ** 2, 0.5 / (1 - z / 2) ** 2),
+    "bilinear-clamped": lambda z: ((z > -2) / (1 - z / 2) ** 2, 0.5 / (1 - z / 2) ** 2),
 }
-PHIS = {"mamba": torch.ones_like, "zoh": lambda z: moment(z, 0), "bilinear": lambda z: 2 / (2 - z)}
+PHIS = {
+    "mamba": torch.ones_like,
+    "zoh": lambda z: moment(z, 0),
+    "bilinear": lambda z: 2 / (2 - z),
+    "bilinear-clamped": lambda z: 2 / (2 - z),
+}
 
 
 @pytest.mark.parametrize("rule", ALL)
@@ -126,6 +137,7 @@ def test_in_place_kernels(rule, dtype):
     A = -torch.rand(5, 7, dtype=dtype) * torch.logspace(-6, 1, 5, dtype=dtype)[:, None]
     delta[3], A[2, 4] = 0, 0
     z = delta.double() * A.double()
+    assert (z < -2).any()
     decay, phi, d_decay, d_phi = torch.randn(4, 11, 2, 5, 7, dtype=dtype)
     kernel, tolerance = RULES[rule], 1e-6 if dtype == torch.float32 else 1e-13
     kernel.fill(delta, A, decay, phi)
@@ -159,7 +171,20 @@ def test_negative_share_counts_what_the_rule_produces():
     assert 0.1 < expected.min() < expected.max() < 0.9
     torch.testing.assert_close(negative_share(delta, A, "bilinear"), expected)
     assert negative_share(delta, A, "mamba").tolist() == [0, 0, 0]
-    assert negative_share(delta, A, "zoh").tolist() == [0, 0, 0]
+    for rule in ("zoh", "bilinear-clamped"):
+        assert negative_share(delta, A, rule).tolist() == [0, 0, 0]
+
+
+def test_the_blocked_scan_runs_the_clamped_rule_as_its_twin_does():
+    u, delta, B, C = torch.randn(4, 2, 67, 5, dtype=torch.float64).unbind(0)
+    delta, A = delta.abs() * 2, -torch.rand(5, 5, dtype=torch.float64) * 3
+    assert negative_share(delta, A, "bilinear").min() > 0.1
+    inputs = [x.requires_grad_() for x in (u, delta, A, B, C)]
+    found = []
+    for scan in (selective_scan, selective_scan_plain):
+        y, _ = scan(*inputs, rule="bilinear-clamped")
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*found)
 
 
 def test_low_precision_inputs_are_discretised_in_float32():

@@ -1,4 +1,4 @@
-"""Take away what lags carry: taps of a convolution, all smearing of a block, or one role's share.
+"""What lags carry, taken away or exchanged: taps of a convolution, or one role's share of it.
 
 Leaves out other ablations and the measuring itself (`causal.ablate`).
 """
@@ -99,6 +99,54 @@ def role_without_lags(
         measure_with(model, tokens, [*kept, *swapped], metric),
         torch.stack(controls) if controls else None,
     )
+
+
+def exchange_lags(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    other: Int[Tensor, "batch pos"],
+    roles: Sequence[str],
+    *,
+    block: str = "blocks.0",
+) -> Hooks:
+    """Hooks that give chosen roles, in a run on `tokens`, what the lags bring them from `other`.
+
+    The convolution of the block is linear, so that its output is the sum of what lag 0 and what the
+    other lags contribute. A run with the former from `tokens` and the latter from `other` yields
+    the roles' activations; a run on `tokens` with these hooks gets them, and keeps every other role
+    as it was. If a role finds its tokens by what stood before them, the model now answers as if
+    those of `other` had stood there.
+
+    Args:
+        model: a model whose block has a convolution
+        tokens: to run on
+        other: of the same shape; example by example, where the lags' share comes from
+        roles: as in `role_without_lags`
+        block: which block
+
+    Raises:
+        ValueError: if the block has no convolution, or no such role
+
+    Source:
+        Geiger et al. 2021, "Causal Abstractions of Neural Networks", interchange interventions
+    """
+    conv = f"{block}.conv"
+    points, everything = _role_points(model, block, roles), _role_points(model, block, ())
+    only_present = keep_lags(model, conv, [0])
+    outputs = []
+    with torch.no_grad():
+        _, now = model.run_with_cache(tokens, names_filter=everything)
+        _, full = model.run_with_cache(other, names_filter=f"{conv}.hook_out")
+        for run in (tokens, other):
+            with model.hooks(only_present):
+                _, present = model.run_with_cache(run, names_filter=f"{conv}.hook_out")
+            outputs.append(present[f"{conv}.hook_out"])
+        own, foreign = outputs
+        mixed = own + full[f"{conv}.hook_out"] - foreign
+        with model.hooks([(f"{conv}.hook_out", replace_with(mixed))]):
+            _, exchanged = model.run_with_cache(tokens, names_filter=points)
+    kept: Hooks = [(name, replace_with(now[name])) for name in everything if name not in points]
+    return [*kept, *((point, replace_with(exchanged[point])) for point in points)]
 
 
 def _role_points(model: HookedModel, block: str, roles: Sequence[str]) -> list[str]:

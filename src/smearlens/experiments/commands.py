@@ -68,7 +68,8 @@ def experiment(options: Any) -> str:
 
     config_class, run_study = study_named(options.name)
     known = {field.name for field in fields(config_class)}
-    chosen = {k: getattr(options, k) for k in ("seeds", "steps") if getattr(options, k) is not None}
+    given = {name: getattr(options, name) for name in ("seeds", "steps", "data")}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if missing := sorted(chosen.keys() - known):
         raise ValueError(
             f"{options.name} has no {missing[0]!r}; its sizes: {sorted(known)}, set from Python"

@@ -60,6 +60,7 @@ class Task:
         measure: model and cell to the numbers of the study
         callbacks: called at every step of training
         logs: of those callbacks, to be kept with the measures
+        prepare: changes the fresh model before it trains, such as taking away a mask
     """
 
     data: Callable[[int], Any]
@@ -67,6 +68,7 @@ class Task:
     measure: Callable[[HookedModel, Cell], dict[str, Any]]
     callbacks: Sequence[Callback] = ()
     logs: Sequence[str] = ()
+    prepare: Callable[[HookedModel], None] | None = None
 
 
 def run_grid(
@@ -125,6 +127,8 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         model = cls(cell.config)
+    if task.prepare is not None:
+        task.prepare(model)
     result = train(
         model, task.data(cell.seed), cell.train,
         out=folder, evaluate=task.evaluate, callbacks=task.callbacks,

@@ -24,7 +24,13 @@ from smearlens.experiments.claims import Verdict
 from smearlens.experiments.grid import Cell
 
 STUDIES = {  # name on the command line -> module, name of its configuration
+    "smeared-keys": ("smearlens.experiments.smeared_keys_study", "SmearedKeysConfig"),
     "mamba-induction": ("smearlens.experiments.mamba_induction", "MambaInductionConfig"),
+    "scans": ("smearlens.experiments.scans", "ScansConfig"),
+    "pig-latin": ("smearlens.experiments.pig_latin", "PigLatinConfig"),
+    "mamba-pig-latin": ("smearlens.experiments.mamba_pig_latin", "MambaPigLatinConfig"),
+    "evolution": ("smearlens.experiments.evolution", "EvolutionConfig"),
+    "long-context": ("smearlens.experiments.long_context", "LongContextConfig"),
 }
 
 
@@ -105,4 +111,4 @@ def write_result(
 def seconds_in_cells(cells: Sequence[Cell], out: Path) -> float:
     """What training and measuring took, in whichever calls it happened."""
     folders = (out / "runs" / cell.folder for cell in cells)
-    return sum(float((folder / "seconds.txt").read_text()) for folder in folders)
+    return sum((float((folder / "seconds.txt").read_text()) for folder in folders), 0.0)

@@ -30,22 +30,22 @@ def judge(measures: Measures) -> list[Verdict]:
 
 def padded_convolution(measures: Measures) -> Verdict:
     """Claim 1: refuted if 'same' padding leaks in every run and causal padding costs the result."""
-    same = _runs(measures, "repeats", "conv k=3, same padding")
+    same = runs_of(measures, "repeats", "conv k=3, same padding")
     text_same, text = (
-        _runs(measures, "text", name) for name in ("conv k=3, same padding", "conv k=3")
+        runs_of(measures, "text", name) for name in ("conv k=3, same padding", "conv k=3")
     )
     floor = same[0]["audit"]["iid_floor"]
     findings = (
-        _finding("influence of later tokens on earlier logits, 'same' padding",
+        finding("influence of later tokens on earlier logits, 'same' padding",
                  [m["audit"]["influence"] for m in same], causal=True),
-        _finding(f"loss on independent tokens after training on them (ln V = {floor:.3f})",
+        finding(f"loss on independent tokens after training on them (ln V = {floor:.3f})",
                  [m["audit"]["iid_trained_loss"] for m in same], causal=True),
-        _finding("tiny Shakespeare, nats per character, 'same' padding",
+        finding("tiny Shakespeare, nats per character, 'same' padding",
                  [m["val_loss"] for m in text_same], causal=False),
-        _finding("the same model with causal padding", [m["val_loss"] for m in text], causal=True),
+        finding("the same model with causal padding", [m["val_loss"] for m in text], causal=True),
     )  # fmt: skip
     leaks = all("reads the future" in " ".join(m["audit"]["findings"]) for m in same)
-    apart = paired_over_seeds(_of(text, "val_loss"), _of(text_same, "val_loss")).low > 0
+    apart = paired_over_seeds(values(text, "val_loss"), values(text_same, "val_loss")).low > 0
     below = findings[1].estimate.high < floor
     outcome: Outcome = "refuted" if leaks and below and apart else "undecided"
     if not leaks and all(m["audit"]["passed"] for m in same):
@@ -63,7 +63,7 @@ def padded_convolution(measures: Measures) -> Verdict:
 
 def average_kernel(measures: Measures) -> Verdict:
     """Claim 6: refuted if keys do carry lag 1 while the average kernel misses it in some run."""
-    runs = [m for name in ("conv k=3", "conv k=5") for m in _runs(measures, "repeats", name)]
+    runs = [m for name in ("conv k=3", "conv k=5") for m in runs_of(measures, "repeats", name)]
     at_one = [abs(_at(m, 1)["signed_mean"]) for m in runs]
     peaks = [
         max(m["smearing"]["kernel"]["records"], key=lambda r: abs(r["signed_mean"]))["lag"] == 1
@@ -71,14 +71,15 @@ def average_kernel(measures: Measures) -> Verdict:
         for m in runs
     ]
     findings = (
-        _finding("|average weight| at lag 1", at_one, causal=False),
-        _finding("share of runs whose |average| peaks at lag 1, beyond its null",
+        finding("|average weight| at lag 1", at_one, causal=False),
+        finding("share of runs whose |average| peaks at lag 1, beyond its null",
                  [float(p) for p in peaks],
                  causal=False),
-        _finding("RMS weight at lag 1", [_at(m, 1)["rms"] for m in runs], causal=False),
-        _finding("accuracy without the lags of K", [_without(m, "k") for m in runs], causal=True),
+        finding("RMS weight at lag 1", [_at(m, 1)["rms"] for m in runs], causal=False),
+        finding("accuracy without the lags of K", [without_lags(m, "k") for m in runs],
+                causal=True),
     )  # fmt: skip
-    fatal = all(_without(m, "k") < m["accuracy"] - 0.5 for m in runs)
+    fatal = all(without_lags(m, "k") < m["accuracy"] - 0.5 for m in runs)
     outcome: Outcome = "undecided"
     if fatal:
         outcome = "supported" if all(peaks) else "refuted"
@@ -96,19 +97,19 @@ def average_kernel(measures: Measures) -> Verdict:
 def stripe_without_layers(measures: Measures) -> Verdict:
     """Claim 8: supported if the convolution, and its lags on K, are what makes induction work."""
     conv, only, two = (
-        _runs(measures, "repeats", name) for name in ("conv k=3", "attention only", "two layers")
+        runs_of(measures, "repeats", name) for name in ("conv k=3", "attention only", "two layers")
     )
     best = [m["scores"]["induction"]["best"] for m in conv]
     findings = (
-        _finding("accuracy, 1 attention layer", _of(only, "accuracy"), causal=True),
-        _finding("accuracy, convolution + 1 attention layer", _of(conv, "accuracy"), causal=True),
-        _finding("accuracy, 2 attention layers", _of(two, "accuracy"), causal=True),
-        _finding("induction score of the best head", [b["score"] for b in best], causal=False),
-        _finding("the same head on another example's tokens", [b["control"] for b in best],
+        finding("accuracy, 1 attention layer", values(only, "accuracy"), causal=True),
+        finding("accuracy, convolution + 1 attention layer", values(conv, "accuracy"), causal=True),
+        finding("accuracy, 2 attention layers", values(two, "accuracy"), causal=True),
+        finding("induction score of the best head", [b["score"] for b in best], causal=False),
+        finding("the same head on another example's tokens", [b["control"] for b in best],
                  causal=False),
-        _finding("accuracy without lags on Q", [_without(m, "q") for m in conv], causal=True),
-        _finding("accuracy without lags on K", [_without(m, "k") for m in conv], causal=True),
-        _finding("accuracy without lags on V", [_without(m, "v") for m in conv], causal=True),
+        finding("accuracy without lags on Q", [without_lags(m, "q") for m in conv], causal=True),
+        finding("accuracy without lags on K", [without_lags(m, "k") for m in conv], causal=True),
+        finding("accuracy without lags on V", [without_lags(m, "v") for m in conv], causal=True),
     )  # fmt: skip
     without, with_conv, with_two, score, control, _, on_k, on_v = (f.estimate for f in findings)
     works = with_conv.low > 0.9 and without.high < 0.4 and score.low > control.high
@@ -129,7 +130,7 @@ def stripe_without_layers(measures: Measures) -> Verdict:
 def too_sharp(measures: Measures) -> Verdict:
     """Claim 9: refuted if a causal kernel of 3 does as well as one of 5, stripe included."""
     three, five, same = (
-        _runs(measures, "repeats", name)
+        runs_of(measures, "repeats", name)
         for name in ("conv k=3", "conv k=5", "conv k=3, same padding")
     )
 
@@ -138,12 +139,12 @@ def too_sharp(measures: Measures) -> Verdict:
 
     gap = paired_over_seeds(stripes(five), stripes(three))
     findings = (
-        _finding("accuracy, kernel 3, causal", _of(three, "accuracy"), causal=True),
-        _finding("accuracy, kernel 5, causal", _of(five, "accuracy"), causal=True),
-        _finding("induction score, kernel 3, causal", stripes(three), causal=True),
-        _finding("induction score, kernel 5, causal", stripes(five), causal=True),
+        finding("accuracy, kernel 3, causal", values(three, "accuracy"), causal=True),
+        finding("accuracy, kernel 5, causal", values(five, "accuracy"), causal=True),
+        finding("induction score, kernel 3, causal", stripes(three), causal=True),
+        finding("induction score, kernel 5, causal", stripes(five), causal=True),
         Finding("kernel 5 minus kernel 3, paired", gap, causal=True),
-        _finding("induction score, kernel 3, 'same' padding", stripes(same), causal=True),
+        finding("induction score, kernel 3, 'same' padding", stripes(same), causal=True),
     )
     score3 = findings[2].estimate
     outcome: Outcome = "undecided"
@@ -164,16 +165,16 @@ def too_sharp(measures: Measures) -> Verdict:
 
 def converges_faster(measures: Measures) -> Verdict:
     """Claim 10: by the paired difference of the held-out loss, half-way and at the end."""
-    conv, two = (_runs(measures, "text", name) for name in ("conv k=3", "two layers"))
+    conv, two = (runs_of(measures, "text", name) for name in ("conv k=3", "two layers"))
 
     def half(runs: Measures) -> list[float]:
         return [m["curve"][len(m["curve"]) // 2]["loss"] for m in runs]
 
-    end = paired_over_seeds(_of(conv, "val_loss"), _of(two, "val_loss"))
+    end = paired_over_seeds(values(conv, "val_loss"), values(two, "val_loss"))
     early = paired_over_seeds(half(conv), half(two))
     findings = (
-        _finding("held-out loss, convolution + 1 layer", _of(conv, "val_loss"), causal=True),
-        _finding("held-out loss, 2 layers", _of(two, "val_loss"), causal=True),
+        finding("held-out loss, convolution + 1 layer", values(conv, "val_loss"), causal=True),
+        finding("held-out loss, 2 layers", values(two, "val_loss"), causal=True),
         Finding("difference at the end, paired", end, causal=True),
         Finding("difference half-way, paired", early, causal=True),
     )
@@ -194,18 +195,21 @@ def converges_faster(measures: Measures) -> Verdict:
     return Verdict(claim(10), outcome, because, findings)
 
 
-def _finding(label: str, values: Sequence[float], *, causal: bool) -> Finding:
+def finding(label: str, values: Sequence[float], *, causal: bool) -> Finding:
+    """A number behind a verdict from its values in every run."""
     return Finding(label, over_seeds(values), causal)
 
 
-def _runs(measures: Measures, task: str, name: str) -> list[dict[str, Any]]:
+def runs_of(measures: Measures, task: str, name: str) -> list[dict[str, Any]]:
+    """The runs of one variant, every seed; a ValueError if there is none."""
     found = [m for m in measures if m["task"] == task and m["name"] == name]
     if not found:
         raise ValueError(f"no run of {name!r} on {task!r} among {len(measures)} measures")
     return found
 
 
-def _of(runs: Measures, key: str) -> list[float]:
+def values(runs: Measures, key: str) -> list[float]:
+    """One measure of every run."""
     return [m[key] for m in runs]
 
 
@@ -213,10 +217,11 @@ def _at(run: dict[str, Any], lag: int) -> dict[str, Any]:
     return next(r for r in run["smearing"]["kernel"]["records"] if r["lag"] == lag)
 
 
-def _without(run: dict[str, Any], roles: str) -> float:
+def without_lags(run: dict[str, Any], roles: str) -> float:
+    """Accuracy of a run when these roles lose what lags carry."""
     return run["smearing"]["without_lags"][roles]["accuracy"]
 
 
 def estimate(runs: Measures, key: str) -> Estimate:
     """Mean of one measure over the seeds of a variant."""
-    return over_seeds(_of(runs, key))
+    return over_seeds(values(runs, key))

@@ -1,9 +1,9 @@
 """Discretisations of a diagonal state-space model: from (delta, A, B) to (A_bar, B_bar).
 
-Contains the rules `mamba`, `zoh` and `bilinear`, each as plain differentiable factors and as the
-in-place pair (value, derivative) that the blocked scan runs on its buffers. All three are functions
-of z = delta·A: A_bar = α(z) and B_bar = delta·φ(z)·B. Leaves out the recurrence (`scan`), and
-complex A.
+Contains the rules `mamba`, `zoh`, `bilinear` and `bilinear-clamped`, each as plain differentiable
+factors and as the in-place pair (value, derivative) that the blocked scan runs on its buffers. All
+are functions of z = delta·A: A_bar = α(z) and B_bar = delta·φ(z)·B. Leaves out the recurrence
+(`scan`), and complex A.
 """
 
 from __future__ import annotations
@@ -124,7 +124,30 @@ class _Bilinear(Rule):
         return d_decay.add_(d_phi, alpha=0.5).mul_(phi.square_())
 
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (_Mamba(), _ZeroOrderHold(), _Bilinear())}
+class _ClampedBilinear(_Bilinear):
+    """`bilinear` with max(A_bar, 0): no oscillation, and no gradient to A_bar where it is cut off.
+
+    To tell apart what negative decays do for a model from what the rest of the rule does. The gain
+    is that of `bilinear`; for delta·|A| > 2 a constant input is then no longer kept at its level.
+    """
+
+    name = "bilinear-clamped"
+
+    def factors(self, delta, A):
+        A_bar, gain = super().factors(delta, A)
+        return torch.relu(A_bar), gain
+
+    def fill(self, delta, A, decay, phi):
+        super().fill(delta, A, decay, phi)
+        decay.relu_()
+
+    def pull(self, d_decay, d_phi, delta, A, decay, phi):
+        return super().pull(d_decay.mul_(decay > 0), d_phi, delta, A, decay, phi)
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule for rule in (_Mamba(), _ZeroOrderHold(), _Bilinear(), _ClampedBilinear())
+}
 
 
 def rule_named(name: str) -> Rule:
@@ -154,6 +177,7 @@ def discretize(
     | `mamba` | exp(z) | delta·B |
     | `zoh` | exp(z) | (exp(z) - 1)/A·B |
     | `bilinear` | (1 + z/2)·r | delta·r·B |
+    | `bilinear-clamped` | max((1 + z/2)·r, 0) | delta·r·B |
 
     delta = 0 gives A_bar = 1 and B_bar = 0 under each rule: the step is skipped. A = 0 is the plain
     sum, A_bar = 1 and B_bar = delta·B. Under `bilinear` A_bar is negative where delta·|A| > 2
@@ -164,7 +188,7 @@ def discretize(
         A: continuous-time decay rates, negative; d_decay is d_state, or 1 if all states of a
             channel share one rate, and then A_bar keeps that axis at size 1
         B: input weights
-        rule: `mamba`, `zoh` or `bilinear`
+        rule: `mamba`, `zoh`, `bilinear` or `bilinear-clamped`
 
     Returns:
         A_bar and B_bar, in float32 or wider
@@ -192,7 +216,7 @@ def negative_share(
 ) -> Float[Tensor, " channel"]:
     """Share of the entries of A_bar that are negative, per channel: where the state oscillates.
 
-    0 under `mamba` and `zoh`; under `bilinear` the share of delta·|A| > 2. Memory as `delta`.
+    The share of delta·|A| > 2 under `bilinear`, 0 under the other rules. Memory as `delta`.
 
     Raises:
         ValueError: if there is no such rule

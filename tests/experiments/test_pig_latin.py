@@ -1,0 +1,423 @@
+"""The Pig Latin studies: exact counts, comparisons by word, verdict rules, resuming, end to end."""
+
+import json
+
+import pytest
+import torch
+
+from smearlens.data.pig_latin import PairBatches, pig_latin_pairs, to_pig_latin
+from smearlens.experiments import mamba_pig_latin, pig_latin
+from smearlens.experiments.evidence import gather
+from smearlens.experiments.grid import Cell, run_grid
+from smearlens.experiments.mamba_pig_latin_evidence import (
+    Words,
+    closed_form,
+    exchange,
+    memory,
+    negative_decays,
+)
+from smearlens.experiments.mamba_pig_latin_verdicts import constant_delta, weights_decay
+from smearlens.experiments.mamba_pig_latin_verdicts import judge as judge_mamba
+from smearlens.experiments.paired import compare, runs_of
+from smearlens.experiments.pig_latin_evidence import (
+    equal_lengths,
+    keys_from_other_words,
+    previous_scores,
+    start_exchanged,
+)
+from smearlens.experiments.pig_latin_tables import MAMBA, TRANSFORMER, fill
+from smearlens.experiments.pig_latin_task import (
+    alignment,
+    forced_counts,
+    load_pairs,
+    pair_task,
+    stored_split,
+)
+from smearlens.experiments.pig_latin_verdicts import judge as judge_transformer
+from smearlens.experiments.pig_latin_verdicts import positions
+from smearlens.models.mamba import Mamba, MambaConfig
+from smearlens.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from smearlens.training.config import TrainConfig
+from smearlens.training.words import score_words
+
+PAIRS = list(pig_latin_pairs(min_letters=2, max_letters=5))[::97][:23]
+
+
+def tiny(kind: str):
+    torch.manual_seed(3)
+    if kind == "pair":
+        return Seq2Seq(Seq2SeqConfig(d_model=12, n_heads=3, n_layers=2, d_mlp=7)).eval()
+    sizes = {"d_vocab": 29, "d_model": 8, "d_state": 3, "n_ctx": 40}
+    return Mamba(MambaConfig(**sizes, n_layers=2, kernel_size=5)).eval()
+
+
+# The task --------------------------------------------------------------------------------------
+
+
+def test_alignment_spells_the_translation():
+    words = [w for w, _ in pig_latin_pairs()][::61]
+    for word in [*words, "quick", "by-and-by", "yes", "try", "squire", "mm", "quit-is"]:
+        target, places = to_pig_latin(word), alignment(word)
+        assert len(places) == len(target)
+        assert all(target[i] == word[k] for i, k in enumerate(places) if k >= 0), word
+        assert sorted(k for k in places if k >= 0) == list(range(len(word)))
+        parts = "-".join("".join(t for t, k in zip(p, a, strict=True) if k < 0)
+                         for p, a in _parts(target, places))  # fmt: skip
+        assert all(added in ("way", "ay") for added in parts.split("-"))
+
+
+def _parts(target, places):
+    start = 0
+    for part in target.split("-"):
+        yield part, places[start : start + len(part)]
+        start += len(part) + 1
+
+
+@pytest.mark.parametrize("layout", ["pair", "joined"])
+def test_counts_in_one_pass_are_those_of_greedy_decoding(layout):
+    model = tiny(layout)
+    _fit(model, layout, steps=120)
+    forced, greedy = forced_counts(model, PAIRS), score_words(model, PAIRS, layout=layout)
+    assert 0 < forced["right"] < len(PAIRS)  # else the comparison says little
+    assert (forced["right"], forced["words"]) == (greedy.right, greedy.total)
+    assert forced["loss"] == pytest.approx(greedy.loss, rel=1e-4)
+
+
+def _fit(model, layout, steps, pairs=PAIRS):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    data = PairBatches(pairs, 8, 0, layout=layout)
+    for step in range(steps):
+        model(**data.batch(step), return_type="loss").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_split_is_stored_and_read_back(tmp_path):
+    first = stored_split(tmp_path, "small", None, words=40)
+    assert stored_split(tmp_path, "small", None, words=40) == first
+    assert len(first.validation) == 8
+    assert len(first.train) == 32
+    (tmp_path / "split-small.json").write_text(
+        json.dumps({"train": [["ab", "abway"]], "validation": [["ba", "abay"]]})
+    )
+    assert len(stored_split(tmp_path, "small", None, words=40).train) == 1
+
+
+def test_lists_come_from_a_folder_or_from_the_embedded_words(tmp_path):
+    assert (len(load_pairs("small", None)), len(load_pairs("large", None))) == (3198, 10863)
+    (tmp_path / "pig_latin_small.txt").write_text("team eamtay\neat eatway\n")
+    assert load_pairs("small", str(tmp_path)) == [("team", "eamtay"), ("eat", "eatway")]
+    with pytest.raises(ValueError, match=r"holds no pig_latin_large.txt and no .*gz: give the"):
+        load_pairs("large", str(tmp_path))
+
+
+# Comparisons -----------------------------------------------------------------------------------
+
+
+def variant(task, name, *hits, **more):
+    """Runs with these hits, one string per seed."""
+    return [
+        {
+            "task": task, "name": name, "seed": seed, "hits": h, "n_parameters": 9,
+            "validation": {"right": h.count("1"), "words": len(h), "loss": 0.1,
+                           "accuracy": h.count("1") / len(h)},
+            "train": {"accuracy": 1.0}, **more,
+        }
+        for seed, h in enumerate(hits)
+    ]  # fmt: skip
+
+
+def test_a_word_counts_once_for_the_variant_that_more_seeds_get_right():
+    found = variant("t", "a", "1110", "1100") + variant("t", "b", "0110", "0101")
+    (c,) = compare(found, [("t/a", "t/b")])
+    assert (c.better, c.worse) == (1, 1)  # word 0 twice against never; word 3 never against once
+    assert c.difference.mean == pytest.approx(0.125)
+    with pytest.raises(ValueError, match=r"no run of 't/c' among \['t/a', 't/b'\]"):
+        runs_of(found, "t/c")
+
+
+# Verdicts --------------------------------------------------------------------------------------
+
+N = 400
+
+
+def share(fraction, seed=0):
+    """Hits of which about `fraction` are right; better variants are right on more of one order."""
+    right = round(fraction * N) + seed
+    return "1" * right + "0" * (N - right)
+
+
+def transformer_world(**changes):
+    accuracy = {
+        "base": 0.90, "no positions": 0.50, "trained positions": 0.96, "2 heads": 0.9,
+        "8 heads": 0.95, "16 heads": 0.85, "width 32": 0.8, "1 + 1 layers": 0.8,
+        "4 + 4 layers": 0.8, "beast small": 0.97, "beast large": 0.9,
+        **changes.get("accuracy", {}),
+    }  # fmt: skip
+    seen = {"previous": 0.9, "aligned": 0.8, "lost": 0.5, "others": 0.1, "z": 4.0, "gain": 0.3}
+    seen |= changes.get("seen", {})
+    found = []
+    for name, value in accuracy.items():
+        runs = variant("small pairs", name, *(share(value, s) for s in range(3)))
+        for run in runs:
+            wiggle = 0.001 * run["seed"]
+            run["evidence"] = {
+                "previous": {"scores": [[seen["previous"] + wiggle, 0.1]]},
+                "alignment": {"mass": [[seen["aligned"] + wiggle, 0.1]]},
+                "keys": {"clean": 0.9,
+                         "changed": [[0.9 - seen["lost"] - wiggle, 0.9 - seen["others"]]]},
+                "letters": {"[SOS] to vowels": {"z": seen["z"] + wiggle}},
+                "start": {"vowels": 0.5 + seen["gain"] + wiggle, "consonants": 0.5, "nothing": 0.1},
+            }  # fmt: skip
+        found += runs
+    return {v.claim.number: v.outcome for v in judge_transformer(found)}
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome", "changes"),
+    [
+        (13, "supported", {}),
+        (13, "refuted", {"seen": {"previous": 0.1}}),
+        (13, "refuted", {"seen": {"lost": 0.01}}),
+        (13, "undecided", {"seen": {"previous": 0.4}}),
+        (13, "undecided", {"seen": {"others": 0.6}}),
+        (14, "supported", {}),
+        (14, "refuted", {"seen": {"z": 0.3}}),
+        (14, "undecided", {"seen": {"gain": -0.1}}),
+        (15, "refuted", {"accuracy": {"no positions": 0.3}}),
+        (16, "supported", {}),
+        (16, "refuted", {"accuracy": {"beast large": 0.99}}),
+        (16, "undecided", {"accuracy": {"16 heads": 0.95}}),
+    ],
+)
+def test_transformer_verdicts(number, outcome, changes):
+    assert transformer_world(**changes)[number] == outcome
+
+
+@pytest.mark.parametrize(
+    ("outcome", "without", "trained"),
+    [
+        ("supported", (0.48, 0.50, 0.52), (0.95, 0.96, 0.97)),
+        ("undecided", (0.2, 0.5, 0.8), (0.8, 0.96, 0.99)),
+        ("refuted", (0.48, 0.50, 0.52), (0.91, 0.92, 0.93)),
+    ],
+)
+def test_claim_15_needs_both_figures_inside_intervals_that_exclude_zero(outcome, without, trained):
+    found = []
+    for name, shares in {
+        "base": (0.9, 0.9, 0.9), "no positions": without, "trained positions": trained,
+    }.items():  # fmt: skip
+        found += variant("small pairs", name, *(share(s) for s in shares))
+    assert positions(found).outcome == outcome
+
+
+MAMBA_NAMES = {
+    "small": (
+        "mamba rule", "zoh", "bilinear", "bilinear clamped", "mamba rule, scaled", "zoh, scaled",
+        "bilinear, scaled", "A = -1, selective", "A = -1, constant", "A = -1, position",
+        "A learned, constant", "A learned, position", "kernel 4", "small", "small, kernel 16",
+    ),
+    "small pairs": ("beast small",), "large": ("large",), "large pairs": ("beast small",),
+}  # fmt: skip
+
+
+def mamba_world(accuracy=None, *, seeds=3, **seen):
+    """Outcomes by claim; every variant has accuracy 0.8 unless said."""
+    found = []
+    seen = {"form": 1e-7, "states": 0.99, "cut": 0.99, "later": 0.99, **seen}
+    for task, names in MAMBA_NAMES.items():
+        for name in names:
+            value = (accuracy or {}).get(f"{task}/{name}", 0.8)
+            for run in variant(task, name, *(share(value, s) for s in range(seeds))):
+                moved = {"clean": 1.0, "not exchanged": 0.0, "states, convolution cut": 0.5}
+                run["evidence"] = {
+                    "negative_decays": 0.1,
+                    "frozen_delta": {"clean": 0.8, "frozen": 0.1},
+                    "closed_form": {"from s + 1": seen["form"], "from s": 0.2},
+                    "memory": {
+                        "clean": 1.0, "states wiped at [EOS]": 0.0,
+                        "convolution cut at [EOS]": seen["cut"] + 0.001 * run["seed"],
+                        "nothing written after [EOS]": 0.1,
+                    },
+                    "exchange": {
+                        "0": {**moved, "states": seen["states"] + 0.001 * run["seed"]},
+                        "2": {**moved, "states": seen["later"] + 0.001 * run["seed"]},
+                    },
+                }  # fmt: skip
+                found.append(run)
+    return {v.claim.number: v.outcome for v in judge_mamba(found)}
+
+
+BETTER = {"small/bilinear": 0.9, "small/bilinear, scaled": 0.9}
+SELECTIVE = {"small/mamba rule": 0.9}
+BEATS = {"small/small": 0.9, "large/large": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome", "accuracy", "seen"),
+    [
+        (17, "supported", BETTER, {}),
+        (17, "refuted", {}, {}),
+        (17, "undecided", {"small/bilinear": 0.9}, {}),
+        (18, "supported", {}, {}),
+        (18, "refuted", {}, {"form": 0.1}),
+        (19, "supported", {}, {}),
+        (19, "refuted", SELECTIVE, {}),
+        (20, "supported", {}, {}),
+        (20, "refuted", {}, {"cut": 0.2}),
+        (20, "undecided", {}, {"states": 0.7}),
+        (21, "supported", {}, {}),
+        (21, "refuted", {}, {"later": 0.1}),
+        (21, "undecided", {}, {"later": 0.7}),
+        (23, "supported", BEATS, {}),
+        (23, "refuted", {"small pairs/beast small": 0.9}, {}),
+        (23, "undecided", {**BEATS, "large/large": 0.7}, {}),
+        (23, "undecided", {}, {}),
+    ],
+)
+def test_mamba_verdicts(number, outcome, accuracy, seen):
+    assert mamba_world(accuracy, **seen)[number] == outcome
+
+
+def test_noise_leaves_claims_18_and_19_undecided():
+    noisy = [share(0.7), share(0.8), share(0.9)]
+    form = {"closed_form": {"from s + 1": 0.0, "from s": 0.2}}
+    found = []
+    for name in MAMBA_NAMES["small"]:
+        hits = noisy if name == "mamba rule" else [share(0.8)] * 3
+        for run in variant("small", name, *hits):
+            error = {"from s + 1": 1e-4 * run["seed"], "from s": 0.2}
+            frozen = {"clean": 0.8, "frozen": 0.1}
+            run["evidence"] = {**form, "closed_form": error, "frozen_delta": frozen}
+            found.append(run)
+    assert weights_decay(found).outcome == "undecided"
+    assert constant_delta(found).outcome == "undecided"
+
+
+def test_one_seed_proves_nothing_and_neither_does_a_base_that_has_not_learnt():
+    assert set(mamba_world(BETTER, seeds=1).values()) == {"undecided"}
+    assert set(mamba_world({"small/bilinear": 0.1}).values()) == {"undecided"}
+    assert set(transformer_world(accuracy={"base": 0.1}).values()) == {"undecided"}
+
+
+# What is read from trained models ----------------------------------------------------------------
+
+
+def test_states_and_convolution_together_carry_a_word():
+    model = tiny("joined")
+    _fit(model, "joined", steps=150)
+    words = Words(tuple(PAIRS[:7]))
+    moved = exchange(model, words, 0)
+    assert moved["words"] == 7
+    assert memory(model, words)["clean"] == moved["clean"] > 0
+    assert negative_decays(model, words) == 0  # Mamba's rule has none
+
+
+def test_states_alone_carry_a_word_where_the_convolution_sees_one_token():
+    sizes = {"d_vocab": 29, "d_model": 14, "d_state": 5, "n_ctx": 40, "kernel_size": 1}
+    torch.manual_seed(0)
+    model = Mamba(MambaConfig(**sizes, n_layers=2)).eval()
+    few = tuple(sorted(PAIRS, key=lambda pair: len(pair[0]))[:7])
+    _fit(model, "joined", steps=150, pairs=few)
+    words = Words(few)
+    for offset in (0, 1, 2):
+        moved = exchange(model, words, offset)
+        assert moved["states"] == moved["states, convolution cut"] == moved["clean"]
+    assert words.right(model, []).any()
+    assert memory(model, words)["convolution cut at [EOS]"] == memory(model, words)["clean"]
+
+
+def test_closed_form_of_states_holds_from_the_next_token_on():
+    sizes = {"d_vocab": 29, "d_model": 8, "d_state": 3, "n_ctx": 40, "a": "minus-one"}
+    model = Mamba(MambaConfig(**sizes, n_layers=2)).eval()
+    errors = closed_form(model, Words(tuple(PAIRS[:5])))
+    assert errors["from s + 1"] < 1e-5 < 1e-3 < errors["from s"]
+
+
+def test_keys_of_another_word_matter_only_where_a_head_writes():
+    model = tiny("pair")
+    _fit(model, "pair", steps=60)
+    with torch.no_grad():
+        model.get_parameter(
+            "encoder.blocks.1.attn.out_proj.weight"
+        ).zero_()  # tells the keys nothing
+    batches = list(equal_lengths(tuple(PAIRS)))
+    found = keys_from_other_words(model, batches)
+    assert found["changed"][1] == [found["clean"]] * 3
+    scores = previous_scores(model, batches)["scores"]
+    assert [len(layer) for layer in scores] == [3, 3]
+    assert start_exchanged(model, batches)["clean"] > 0
+
+
+# Running ---------------------------------------------------------------------------------------
+
+
+def test_evidence_is_made_once_and_read_again(tmp_path):
+    split = stored_split(tmp_path, "small", None, words=30)
+    sizes = {"d_vocab": 29, "d_model": 6, "d_state": 2, "n_ctx": 40}
+    train = TrainConfig(steps=2, checkpoint_every=2)
+    cells = [
+        Cell(name=n, task="t", seed=0, model="Mamba", config=MambaConfig(**sizes), train=train)
+        for n in ("a", "b")
+    ]
+    found = run_grid(cells, lambda: {"t": pair_task(split, batch_size=4, joined=True)}, tmp_path)
+    asked = []
+
+    def look(model, cell):
+        asked.append(cell.name)
+        return {"width": model.config.d_model} if cell.name == "a" else None
+
+    for _ in range(2):
+        seen = gather(cells, found, tmp_path, look)
+    assert asked == ["a", "b"]
+    assert seen[0]["evidence"] == {"width": 6}
+    assert "evidence" not in seen[1]
+
+
+def test_every_row_of_every_table_is_a_cell_of_the_grid(tmp_path):
+    for module, config, tables in (
+        (pig_latin, pig_latin.PigLatinConfig(words=50), TRANSFORMER),
+        (mamba_pig_latin, mamba_pig_latin.MambaPigLatinConfig(words=50), MAMBA),
+    ):
+        cells = module.cells(config, tmp_path)
+        names = {f"{cell.task}/{cell.name}" for cell in cells}
+        shown = {row.run for table in tables for row in table.rows}
+        assert shown <= names
+        assert {n for n in names if n not in shown} <= set()
+        assert len({cell.folder for cell in cells}) == len(cells)
+        found = [m for n in shown for m in variant(*n.split("/"), share(0.8), share(0.8))]
+        filled = fill(tables, found)
+        assert [t["name"] for t in filled] == [t.name for t in tables]
+
+
+def test_both_studies_share_the_cell_of_the_small_transformer(tmp_path):
+    one = pig_latin.cells(pig_latin.PigLatinConfig(words=50), tmp_path)
+    other = mamba_pig_latin.cells(mamba_pig_latin.MambaPigLatinConfig(words=50), tmp_path)
+    shared = "small pairs-beast small-seed1"
+    assert [c for c in one if c.folder == shared] == [c for c in other if c.folder == shared]
+
+
+def test_the_study_runs_end_to_end_and_finds_everything_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(pig_latin, "BASE", {**pig_latin.BASE, "d_model": 16, "d_mlp": 8})
+    monkeypatch.setitem(pig_latin.SIDE, "width 32", {"d_model": 16})
+    config = pig_latin.PigLatinConfig(words=40, seeds=1, epochs=1, transformer_epochs=1)
+    study = pig_latin.run(config, tmp_path, command="smearlens experiment pig-latin")
+    assert [v["claim"]["number"] for v in study["verdicts"]] == [13, 14, 15, 16]
+    assert {v["outcome"] for v in study["verdicts"]} == {"undecided"}
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("measures.json")}
+    again = pig_latin.run(config, tmp_path, command="smearlens experiment pig-latin")
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("measures.json")}
+    assert again == study
+    page = (tmp_path / "report.html").read_text()
+    assert "conditioning: cross attention" in page
+    assert "words of tiny Shakespeare" in page
+    assert (tmp_path / "tables" / "positions.md").read_text().count("\n") == 5
+
+
+def test_sizes_are_checked():
+    for made in (pig_latin.PigLatinConfig, mamba_pig_latin.MambaPigLatinConfig):
+        with pytest.raises(ValueError, match=r"epochs must be at least 1, got 0"):
+            made(epochs=0)
+        quick = made().quick()
+        assert quick.seeds == 1
+        assert quick.words is not None
