@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from smearlens.training.config import TrainConfig
 from smearlens._extras import MissingExtraError
+from smearlens.training.config import TrainConfig
 from smearlens.training.loggers import LogTo
 from smearlens.training.loop import train
 

@@ -55,7 +55,7 @@ RECIPE = (
 class MambaInductionConfig:
     """Sizes of the study of induction in Mamba."""
 
-    seeds: int = 3  # independent runs of every model
+    seeds: int = 6  # independent runs of every model
     steps: int = 1000  # updates per model
     d_model: int = 48  # width
     d_state: int = 16  # states per channel

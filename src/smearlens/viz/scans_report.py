@@ -186,9 +186,11 @@ def _log_axes(ax: Any, ylabel: str) -> None:
 
 
 def _parts(study: Study) -> list[Part]:
-    size = study["config"]
-    shape = f"One sequence, {size['cost_channels']} channels, {size['d_state']} states."
-    parts = [
+    return _error_parts(study) + _cost_parts(study)
+
+
+def _error_parts(study: Study) -> list[Part]:
+    return [
         Part(
             "Errors in float32",
             "Geometric mean over seeds, the band is their range. Initial: as a Mamba starts. "
@@ -213,6 +215,13 @@ def _parts(study: Study) -> list[Part]:
             name="errors-bfloat16", table=errors_table(study, "bfloat16"),
             draw=partial(draw_errors, study=study, dtype="bfloat16"),
         ),
+    ]  # fmt: skip
+
+
+def _cost_parts(study: Study) -> list[Part]:
+    size = study["config"]
+    shape = f"One sequence, {size['cost_channels']} channels, {size['d_state']} states."
+    parts = [
         Part(
             "Time",
             f"{shape} Ratio to the blocked scan with its spread from 10 % to 90 % of the rounds, "
