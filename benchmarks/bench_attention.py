@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smearlens._hooks import HookPoint, caching_hook
-from smearlens.analysis.streaming import diagonal, log_normaliser, row_statistics
+from smearlens.analysis.mixing.streaming import diagonal, log_normaliser, row_statistics
 from smearlens.nn.attention import Attention, explicit_attention
 
 STATISTICS_BAR = 1.3  # of one fused forward

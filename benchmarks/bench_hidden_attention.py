@@ -24,7 +24,7 @@ from timing import Row, compare, report, row
 
 from smearlens import attention_entropy, attention_span, induction_score, prev_token_score
 from smearlens.adapters.bridge import bridge_mixings
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing.state_space import SSMMixing
 
 CHANNELS, STATES = 64, 16
 LENGTHS = (256, 512)

@@ -54,7 +54,7 @@ API_PAGES = {  # page -> title, introduction, prefixes of the modules whose name
     ),
 }
 MODULES = {  # page -> modules documented whole, below the public names
-    "analysis": ("analysis.states", "analysis.state_space"),
+    "analysis": ("analysis.states", "analysis.mixing.state_space"),
     "viewing": ("viz.widgets", "viz.plots", "adapters.hugging_face"),
 }
 

@@ -27,7 +27,7 @@ from smearlens.viz.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-MAIN_JOB = {"compare": ("smearlens.experiments.smeared_keys", "smearlens compare")}
+MAIN_JOB = {"compare": ("smearlens.experiments.smeared_keys.short", "smearlens compare")}
 
 
 @dataclass(frozen=True)

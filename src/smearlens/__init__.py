@@ -46,8 +46,8 @@ _HOMES = {
     "smearlens.nn.conv": ("DepthwiseConv", "KeySmear"),
     "smearlens.adapters.bridge": ("bridge_cache", "bridge_mixings"),
     "smearlens.adapters.hugging_face": ("attention_cache", "from_hugging_face"),
-    "smearlens.analysis.layers": ("mixings",),
-    "smearlens.analysis.mixing": ("Mixing",),
+    "smearlens.analysis.mixing.layers": ("mixings",),
+    "smearlens.analysis.mixing.kinds": ("Mixing",),
     "smearlens.analysis.scores": ("Scores",),
     "smearlens.analysis.heads": (
         "duplicate_token_score", "induction_score", "prefix_matching_score", "prev_token_score",
@@ -70,7 +70,7 @@ _HOMES = {
     ),
     "smearlens.analysis.phase_change": ("phase_change",),
     "smearlens.analysis.stats": ("holm", "mcnemar"),
-    "smearlens.analysis.implicit": ("implicit_mixings",),
+    "smearlens.analysis.mixing.implicit": ("implicit_mixings",),
     "smearlens.analysis.behaviour": (
         "ar_split", "icl_score", "induction_accuracy", "induction_loss", "per_token_loss",
     ),

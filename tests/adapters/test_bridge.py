@@ -10,7 +10,7 @@ import torch
 from smearlens import induction_score, kernel_profile, mixings, prev_token_score
 from smearlens.adapters.bridge import bridge_cache, bridge_mixings
 from smearlens.adapters.hugging_face import from_hugging_face
-from smearlens.analysis.implicit import implicit_mixings
+from smearlens.analysis.mixing.implicit import implicit_mixings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EOS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}

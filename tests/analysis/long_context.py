@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from smearlens import attention_entropy, attention_span, induction_score, prev_token_score
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing.state_space import SSMMixing
 
 SCORES = {
     "induction": induction_score,

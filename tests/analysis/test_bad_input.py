@@ -32,7 +32,7 @@ from smearlens import (
     smear_evidence,
     stripe_score,
 )  # fmt: skip
-from smearlens.analysis.mixing import BandMixing, ComposedMixing, DenseMixing, SoftmaxMixing
+from smearlens.analysis.mixing.kinds import BandMixing, ComposedMixing, DenseMixing, SoftmaxMixing
 
 NAME = "blocks.0.attn"
 PATTERN = torch.from_numpy(ref.random_pattern(2, 2, 3, 7))

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import config as jaxtyping_config
 
 from smearlens import Mamba, MambaConfig, attention_entropy, induction_score, prev_token_score
-from smearlens.analysis.implicit import ImplicitMixing, implicit_mixings
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing.implicit import ImplicitMixing, implicit_mixings
+from smearlens.analysis.mixing.state_space import SSMMixing
 
 EACH = pytest.mark.parametrize("rule", ["mamba", "zoh", "bilinear"])
 LENGTH = 37  # a block of 32 rows and a piece

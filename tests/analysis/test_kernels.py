@@ -20,8 +20,8 @@ from smearlens import (
     smear_evidence,
 )
 from smearlens.analysis.kernels import composition_gain, only_layer, shifted
-from smearlens.analysis.layers import mixings
-from smearlens.analysis.mixing import ComposedMixing
+from smearlens.analysis.mixing.kinds import ComposedMixing
+from smearlens.analysis.mixing.layers import mixings
 
 
 def model_and_cache(tokens=None, **changes):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from smearlens import attention_entropy, attention_span, induction_score, prev_token_score
-from smearlens.analysis import state_space
-from smearlens.analysis.mixing import DenseMixing
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing import state_space
+from smearlens.analysis.mixing.kinds import DenseMixing
+from smearlens.analysis.mixing.state_space import SSMMixing
 
 SCRIPT = Path(__file__).with_name("long_context.py")
 SCORES = [

@@ -11,8 +11,8 @@ from tests.analysis import reference as ref
 from torch.nn import functional as F
 
 from smearlens import ConvAttn, ConvAttnConfig, DepthwiseConv, mixings, prev_token_score
-from smearlens.analysis.bands import kernel_lags
-from smearlens.analysis.mixing import (
+from smearlens.analysis.mixing.bands import kernel_lags
+from smearlens.analysis.mixing.kinds import (
     BandMixing,
     ComposedMixing,
     DenseMixing,

@@ -27,8 +27,8 @@ from smearlens import (
     sink_mass,
     smear_evidence,
 )
-from smearlens.analysis.mixing import BandMixing, DenseMixing
-from smearlens.analysis.rows import RowOptions, row_block, row_blocks
+from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing
+from smearlens.analysis.mixing.rows import RowOptions, row_block, row_blocks
 
 NAME = "blocks.0.attn"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.analysis import reference as ref
 
 from smearlens import layer_similarity, linear_cka
-from smearlens.analysis.mixing import DenseMixing
+from smearlens.analysis.mixing.kinds import DenseMixing
 from smearlens.analysis.similarity import js_similarity
 
 BATCH, LENGTH = 2, 6

@@ -8,8 +8,8 @@ import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 
-from smearlens.analysis import softmax_blocks
-from smearlens.analysis.streaming import (
+from smearlens.analysis.mixing import softmax_blocks
+from smearlens.analysis.mixing.streaming import (
     diagonal,
     js_rows,
     log_normaliser,
@@ -75,7 +75,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     script = """
 import re, torch
 from pathlib import Path
-from smearlens.analysis.streaming import row_statistics
+from smearlens.analysis.mixing.streaming import row_statistics
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 q, k = torch.zeros(2, 1, 2, 8192, 16)
 row_statistics(q[:, :, :256], k[:, :, :256], causal=True)

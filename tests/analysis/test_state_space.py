@@ -8,7 +8,7 @@ import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing.state_space import SSMMixing
 from smearlens.analysis.states import (
     half_life,
     memory_profile,

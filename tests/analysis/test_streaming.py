@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smearlens.analysis.streaming import (
+from smearlens.analysis.mixing.streaming import (
     RowStatistics,
     diagonal,
     inner,

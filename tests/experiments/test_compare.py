@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smearlens.cli import main
-from smearlens.experiments import smeared_keys
 from smearlens.experiments.grid import run_grid
-from smearlens.experiments.smeared_keys import CompareConfig, cells, compare
+from smearlens.experiments.smeared_keys import short as smeared_keys
+from smearlens.experiments.smeared_keys.short import CompareConfig, cells, compare
 
 TINY = CompareConfig(seeds=2, steps=3, text_steps=2, d_model=16, floor_steps=1)
 

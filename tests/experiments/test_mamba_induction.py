@@ -11,8 +11,13 @@ import torch
 from smearlens import ConvAttn, ConvAttnConfig, Mamba, MambaConfig, repeated_tokens
 from smearlens.causal.lags import exchange_lags
 from smearlens.experiments import measures
-from smearlens.experiments.mamba_induction import MambaInductionConfig, cells, judge, run
-from smearlens.experiments.mamba_measures import exchanged, reordered
+from smearlens.experiments.state_space.mamba_induction import (
+    MambaInductionConfig,
+    cells,
+    judge,
+    run,
+)
+from smearlens.experiments.state_space.mamba_measures import exchanged, reordered
 
 TINY = MambaInductionConfig(seeds=2, steps=2, deep_steps=2, d_model=8, d_state=3)
 ALL = ("u", "B", "C", "delta")
@@ -108,7 +113,7 @@ def test_answers_are_counted_where_the_two_examples_differ(model, tokens, genera
     _, answers = reordered(tokens, generator=torch.Generator().manual_seed(3))
     for right, logits in (("own", tokens.roll(-1, 1)), ("other", answers)):
         monkeypatch.setattr(
-            "smearlens.experiments.mamba_measures.measure_with",
+            "smearlens.experiments.state_space.mamba_measures.measure_with",
             lambda model, tokens, hooks, metric, logits=logits: metric(
                 torch.nn.functional.one_hot(logits, 13).float(), tokens
             ),

@@ -6,35 +6,36 @@ import pytest
 import torch
 
 from smearlens.data.pig_latin import PairBatches, pig_latin_pairs, to_pig_latin
-from smearlens.experiments import mamba_pig_latin, pig_latin
-from smearlens.experiments.evidence import gather
 from smearlens.experiments.grid import Cell, run_grid
-from smearlens.experiments.mamba_pig_latin_evidence import (
+from smearlens.experiments.pig_latin import mamba as mamba_pig_latin
+from smearlens.experiments.pig_latin import transformer as pig_latin
+from smearlens.experiments.pig_latin.evidence import (
+    equal_lengths,
+    keys_from_other_words,
+    previous_scores,
+    start_exchanged,
+)
+from smearlens.experiments.pig_latin.looks import gather
+from smearlens.experiments.pig_latin.mamba_evidence import (
     Words,
     closed_form,
     exchange,
     memory,
     negative_decays,
 )
-from smearlens.experiments.mamba_pig_latin_verdicts import constant_delta, weights_decay
-from smearlens.experiments.mamba_pig_latin_verdicts import judge as judge_mamba
-from smearlens.experiments.paired import compare, runs_of
-from smearlens.experiments.pig_latin_evidence import (
-    equal_lengths,
-    keys_from_other_words,
-    previous_scores,
-    start_exchanged,
-)
-from smearlens.experiments.pig_latin_tables import MAMBA, TRANSFORMER, fill
-from smearlens.experiments.pig_latin_task import (
+from smearlens.experiments.pig_latin.mamba_verdicts import constant_delta, weights_decay
+from smearlens.experiments.pig_latin.mamba_verdicts import judge as judge_mamba
+from smearlens.experiments.pig_latin.paired import compare, runs_of
+from smearlens.experiments.pig_latin.tables import MAMBA, TRANSFORMER, fill
+from smearlens.experiments.pig_latin.task import (
     alignment,
     forced_counts,
     load_pairs,
     pair_task,
     stored_split,
 )
-from smearlens.experiments.pig_latin_verdicts import judge as judge_transformer
-from smearlens.experiments.pig_latin_verdicts import positions
+from smearlens.experiments.pig_latin.verdicts import judge as judge_transformer
+from smearlens.experiments.pig_latin.verdicts import positions
 from smearlens.models.mamba import Mamba, MambaConfig
 from smearlens.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from smearlens.training.config import TrainConfig

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smearlens.experiments import scan_costs
-from smearlens.experiments.scans import (
+from smearlens.experiments.state_space import scan_costs
+from smearlens.experiments.state_space.scans import (
     GATES,
     PARALLEL,
     REGIMES,
@@ -21,7 +21,7 @@ from smearlens.experiments.scans import (
     run,
     slope,
 )
-from smearlens.viz.scans_report import compiled_table
+from smearlens.experiments.state_space.scans_report import compiled_table
 
 TINY = ScansConfig(
     seeds=2, lengths=(3, 11), error_channels=2, cost_lengths=(5, 1031), cost_channels=3, d_state=7,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from smearlens.analysis.heads import induction_score
-from smearlens.experiments import smeared_keys_measures as ours
 from smearlens.experiments.grid import Cell
 from smearlens.experiments.measures import evaluation_tokens
+from smearlens.experiments.smeared_keys import measures as ours
 from smearlens.models.attn_attn import AttnAttn, AttnAttnConfig
 from smearlens.models.conv_attn import ConvAttn, ConvAttnConfig
 from smearlens.training.config import TrainConfig

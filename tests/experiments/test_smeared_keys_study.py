@@ -9,9 +9,10 @@ import torch
 
 from smearlens.cli import main
 from smearlens.data.corpora import CorpusError
-from smearlens.experiments import smeared_keys_study, text_measures
-from smearlens.experiments.smeared_keys_grid import SmearedKeysConfig, cells
-from smearlens.experiments.smeared_keys_study import run, tasks
+from smearlens.experiments.smeared_keys import study as smeared_keys_study
+from smearlens.experiments.smeared_keys import text_measures
+from smearlens.experiments.smeared_keys.grid import SmearedKeysConfig, cells
+from smearlens.experiments.smeared_keys.study import run, tasks
 from smearlens.models.families import family
 from smearlens.nn.attention import Attention
 
@@ -59,8 +60,8 @@ def study(tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smeared_keys_study, "cells", few)
-        for module in ("smeared_keys_study", "smeared_keys_grid", "text_measures"):
-            patch.setattr(f"smearlens.experiments.{module}.gpt2_tokenizer", Bytes)
+        for module in ("study", "grid", "text_measures"):
+            patch.setattr(f"smearlens.experiments.smeared_keys.{module}.gpt2_tokenizer", Bytes)
         found = run(replace(TINY, data=str(folder)), out, command="smearlens experiment --tiny")
         yield out, found
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from smearlens.experiments import smeared_keys_verdicts as on_repeats
-from smearlens.experiments import text_verdicts as on_text
-from smearlens.experiments.smeared_keys_measures import norm_summary
+from smearlens.experiments.smeared_keys import text_verdicts as on_text
+from smearlens.experiments.smeared_keys import verdicts as on_repeats
+from smearlens.experiments.smeared_keys.measures import norm_summary
 
 PADDING = {"128": {"pad_fraction": 0.62, "constant": 0.62, "unigram": 0.04}}
 SEEDS = (0, 1, 2)

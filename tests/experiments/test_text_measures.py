@@ -5,8 +5,8 @@ import gzip
 import pytest
 import torch
 
-from smearlens.experiments import text_measures
-from smearlens.experiments.text_measures import (
+from smearlens.experiments.smeared_keys import text_measures
+from smearlens.experiments.smeared_keys.text_measures import (
     PadsCounted,
     padded_scores,
     padding,

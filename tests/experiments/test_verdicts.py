@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from smearlens.experiments.claims import CLAIMS, WRITEUPS, claim
-from smearlens.experiments.verdicts import judge
+from smearlens.experiments.smeared_keys.short_verdicts import judge
 
 
 def run(task, name, seed, **measures):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import smearlens.analysis.layer_streams as layer_streams
+import smearlens.analysis.mixing.layer_streams as layer_streams
 from smearlens.analysis.behaviour import icl_score, induction_loss, per_token_loss
 from smearlens.analysis.heads import induction_score, prev_token_score
-from smearlens.analysis.layer_streams import cka_table, compare_layers, head_statistics
-from smearlens.analysis.mixing import SoftmaxMixing
+from smearlens.analysis.mixing.kinds import SoftmaxMixing
+from smearlens.analysis.mixing.layer_streams import cka_table, compare_layers, head_statistics
 from smearlens.analysis.patterns import (
     attention_entropy,
     attention_span,

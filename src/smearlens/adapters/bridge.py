@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from smearlens.analysis.layers import mixings
-from smearlens.analysis.mixing import Mixing
-from smearlens.analysis.state_space import SSMMixing
+from smearlens.analysis.mixing.kinds import Mixing
+from smearlens.analysis.mixing.layers import mixings
+from smearlens.analysis.mixing.state_space import SSMMixing
 
 BLOCK = re.compile(r"(?:(encoder|decoder)_)?blocks\.(\d+)")
 ATTENTION = re.compile(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from smearlens.analysis.heads import checked_tokens, same_batch
-from smearlens.analysis.rows import Metric, RowBlock, RowOptions, measure
+from smearlens.analysis.mixing.rows import Metric, RowBlock, RowOptions, measure
 
 
 def stripe_score(

@@ -3,7 +3,7 @@
 Each is the mean, over the rows where its target exists, of the weight on the target. Given a cache
 it returns `Scores`; given one pattern tensor, the values [example head]. Leaves out targets that
 the caller gives (`analysis.detection`), statistics without a target (`analysis.patterns`) and how
-rows are read (`analysis.rows`).
+rows are read (`analysis.mixing.rows`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from smearlens.analysis.rows import Metric, RowBlock, RowFunction, RowOptions, measure
+from smearlens.analysis.mixing.rows import Metric, RowBlock, RowFunction, RowOptions, measure
 
 Targets = Callable[[RowBlock], Bool[Tensor, "batch rows key"]]
 

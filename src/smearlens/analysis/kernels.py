@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smearlens.analysis.bands import kernel_lags
+from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.stats import bootstrap_interval
 
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smearlens.analysis.mixing import Mixing
-from smearlens.analysis.rows import (
+from smearlens.analysis.mixing.kinds import Mixing
+from smearlens.analysis.mixing.rows import (
     Metric,
     RowBlock,
     RowOptions,

@@ -1,6 +1,6 @@
 """`Scores`: a number per layer, example and head, with interval, chance, maximum and control.
 
-Leaves out how the numbers come about: `analysis.rows` and the functions that use it.
+Leaves out how the numbers come about: `analysis.mixing.rows` and the functions that use it.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smearlens.analysis.mixing import Mixing
+from smearlens.analysis.mixing.kinds import Mixing
+from smearlens.analysis.mixing.rows import RowOptions, as_layers, row_block
 from smearlens.analysis.patterns import entropies
-from smearlens.analysis.rows import RowOptions, as_layers, row_block
 
 LOG2 = 0.6931471805599453
 

@@ -3,7 +3,7 @@
 Contains retention, write weights, half-lives, memory profiles and the state at a boundary, all from
 the pair (A_bar, B_bar) that the layer used (`hook_A_bar`, `hook_B_bar`), whatever its
 discretisation. Between positions s and t the decay is Π_{s<k<=t} |A_bar_k|: a token is not decayed
-by its own step. Leaves out the read-out by C (`analysis.state_space`).
+by its own step. Leaves out the read-out by C (`analysis.mixing.state_space`).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run(command: Any) -> str:
 
 def compare(options: Any) -> str:
     """The main job."""
-    from smearlens.experiments import smeared_keys
+    from smearlens.experiments.smeared_keys import short as smeared_keys
 
     config = smeared_keys.CompareConfig(
         seeds=options.seeds, steps=options.steps, text_steps=options.text_steps

@@ -24,11 +24,14 @@ from smearlens.experiments.claims import Verdict
 from smearlens.experiments.grid import Cell
 
 STUDIES = {  # name on the command line -> module, name of its configuration
-    "smeared-keys": ("smearlens.experiments.smeared_keys_study", "SmearedKeysConfig"),
-    "mamba-induction": ("smearlens.experiments.mamba_induction", "MambaInductionConfig"),
-    "scans": ("smearlens.experiments.scans", "ScansConfig"),
-    "pig-latin": ("smearlens.experiments.pig_latin", "PigLatinConfig"),
-    "mamba-pig-latin": ("smearlens.experiments.mamba_pig_latin", "MambaPigLatinConfig"),
+    "smeared-keys": ("smearlens.experiments.smeared_keys.study", "SmearedKeysConfig"),
+    "mamba-induction": (
+        "smearlens.experiments.state_space.mamba_induction",
+        "MambaInductionConfig",
+    ),
+    "scans": ("smearlens.experiments.state_space.scans", "ScansConfig"),
+    "pig-latin": ("smearlens.experiments.pig_latin.transformer", "PigLatinConfig"),
+    "mamba-pig-latin": ("smearlens.experiments.pig_latin.mamba", "MambaPigLatinConfig"),
     "evolution": ("smearlens.experiments.evolution", "EvolutionConfig"),
     "long-context": ("smearlens.experiments.long_context", "LongContextConfig"),
 }

@@ -4,7 +4,7 @@
 
 One forward pass per kind of input leaves q, k and the residual streams; everything is read from
 them block by block, so that memory grows with the length of the context. Leaves out the statistics
-(`analysis.layer_streams`), plots, and models without self-attention.
+(`analysis.mixing.layer_streams`), plots, and models without self-attention.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from smearlens.analysis.behaviour import (
     per_token_loss,
 )
 from smearlens.analysis.heads import induction_score
-from smearlens.analysis.layer_streams import cka_table, compare_layers, head_statistics
-from smearlens.analysis.layers import mixings
-from smearlens.analysis.mixing import SoftmaxMixing
+from smearlens.analysis.mixing.kinds import SoftmaxMixing
+from smearlens.analysis.mixing.layer_streams import cka_table, compare_layers, head_statistics
+from smearlens.analysis.mixing.layers import mixings
 from smearlens.models.base import HookedModel
 from smearlens.training.randomness import observing
 
@@ -40,7 +40,8 @@ class AttentionTracking:
 
     - `entropy/blocks.0` (nats), `normalised_entropy/`, `distance/` and `span/` (tokens), `sink/`,
       `previous/`, `…_without_first/`: means over rows, windows and heads, as
-      `analysis.layer_streams.head_statistics` defines them; of one head `entropy/blocks.0/head.2`
+      `analysis.mixing.layer_streams.head_statistics` defines them; of one head
+      `entropy/blocks.0/head.2`
     - `head_diversity/blocks.0`: 0 where all heads attend alike
     - `js/blocks.0-blocks.1`, `cosine/`, `centred_cosine/`, `matched_cosine/`, `cka/` (of the
       residual streams after the blocks): similarities, 1 = equal

@@ -1,7 +1,7 @@
 """A study's report: one self-contained page, verdicts first, its figures and tables also as files.
 
 Reads only plain numbers. Leaves out what each study has to say (a list of `Part`s, made by
-`viz.compare_report` and by the studies) and the pieces of a page (`viz.page`).
+`experiments.smeared_keys.short_report` and by the studies) and the pieces of a page (`viz.page`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,297 @@
+"""The one path from rows of a mixing to `Scores`.
+
+A per-head metric gives a value per row and says where it is defined. This file does the rest
+alike: masks, signed maps, streaming (by channels, if many), chance (on uniform attention), control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smearlens.analysis.mixing.kinds import DenseMixing, Mixing, UniformMixing
+from smearlens.analysis.mixing.layers import Kind, mixings
+from smearlens.analysis.mixing.state_space import ROOM, ChannelMixing, Normalise, unsigned
+from smearlens.analysis.scores import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What to leave out of the rows before measuring.
+
+    Attributes:
+        exclude_bos: drop key 0
+        exclude_self: drop the key at the query's own position
+        renormalise: scale what is left of a row back to sum 1
+        query_mask: True where a query counts, [example query] or [query]
+        key_mask: True where a key counts, [example key] or [key]
+        normalise: how signed rows (convolution, state space) become weights, before any key is
+            left out: "abs" is |M| / Σ|M|, "softmax", "minmax" (shifted to start at 0, then to
+            sum 1), "none"
+        kind: which layers of a cache
+    """
+
+    exclude_bos: bool = False
+    exclude_self: bool = False
+    renormalise: bool = True
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    normalise: Normalise = "abs"
+    kind: Kind | tuple[Kind, ...] = ("attention", "ssm")
+
+    def __post_init__(self):
+        if self.normalise not in ("abs", "softmax", "minmax", "none"):
+            raise ValueError(
+                f"normalise must be 'abs', 'softmax', 'minmax' or 'none', got {self.normalise!r}"
+            )
+        for name in ("query_mask", "key_mask"):
+            mask = getattr(self, name)
+            if mask is not None and mask.dtype != torch.bool:
+                raise TypeError(f"{name} must be a bool tensor (True counts), got {mask.dtype}")
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some consecutive rows of a mixing, made ready for measuring.
+
+    Attributes:
+        weights: [batch head rows key]; keys that the options leave out are 0
+        allowed: which keys each query may see, [batch or 1, 1, rows, key]
+        full: which rows hold any weight and count as queries, [batch or mask, head, rows]
+        start: query index of the first row
+        n_queries: rows of the whole mixing
+        crossed: whether queries and keys index different sequences
+    """
+
+    weights: Float[Tensor, "batch head rows key"]
+    allowed: Bool[Tensor, "batch_or_1 1 rows key"]
+    full: Bool[Tensor, "examples head rows"]
+    start: int
+    n_queries: int
+    crossed: bool
+
+    @property
+    def query(self) -> Int[Tensor, "rows 1"]:
+        """Query index of each row."""
+        return torch.arange(self.start, self.start + self.weights.shape[-2])[:, None]
+
+    @property
+    def key(self) -> Int[Tensor, " key"]:
+        """Key index of each column."""
+        return torch.arange(self.weights.shape[-1])
+
+    @property
+    def lag(self) -> Int[Tensor, "rows key"]:
+        """Query index minus key index; undefined, and an error, for cross attention."""
+        if self.crossed:
+            raise ValueError(
+                "lags are undefined between two sequences; for cross attention give "
+                "alignment_mass the alignment of target and source"
+            )
+        return self.query - self.key
+
+    def at(self, target: Bool[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Total weight on `target` [batch or 1, 1, rows, key], and where there is any target."""
+        target = target & self.allowed
+        return (self.weights * target).sum(-1), target.any(-1)
+
+
+# Values, and where they are defined, each broadcastable to [batch head rows].
+RowFunction = Callable[[RowBlock], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row function with the things a score is reported with."""
+
+    name: str
+    value: RowFunction
+    control: RowFunction | None = None
+    ceiling: Callable[[RowBlock], Tensor] | None = None  # None: 1 wherever it is defined
+    divisor: Callable[[RowBlock], Tensor] | None = None  # what a row counts for; None: 1
+    unit: str = "fraction"
+
+
+def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
+    """`metric` of every layer in a cache as `Scores`, or of one pattern as a tensor.
+
+    Args:
+        source: a cache (mapping of hook names to tensors), a `Mixing`, or a pattern
+            [batch head query key], [head query key] or [query key]
+        metric: what to measure
+        options: what to leave out
+
+    Returns:
+        `Scores`; for a tensor the values [batch head], without the axes it did not have
+    """
+    layers = as_layers(source, options)
+    if isinstance(source, (Tensor, Mixing)):
+        values = _measure_layer(layers[""], metric, options)[0]
+        return values if isinstance(source, Mixing) else _drop_axes(values, source)
+    measured = {name: _measure_layer(m, metric, options) for name, m in layers.items()}
+    columns = list(zip(*measured.values(), strict=True))
+    values, rows, chance, maximum, control = (
+        dict(zip(measured, column, strict=True)) for column in columns
+    )
+    signed = any(m.signed for m in layers.values())
+    note = f"signed maps normalised by {options.normalise!r}" if signed else ""
+    return Scores(metric.name, values, chance, maximum, control, rows, metric.unit, note)
+
+
+def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
+    """Whatever a metric was given, as mixings by layer name; one pattern or mixing has name ""."""
+    if isinstance(source, Tensor):
+        return {"": _pattern_mixing(source)}
+    if isinstance(source, Mixing):
+        return {"": source}
+    if not callable(getattr(source, "keys", None)):
+        raise TypeError(
+            "source must be a cache (hook names to tensors), a Mixing or a pattern tensor, "
+            f"got {type(source).__name__}"
+        )
+    if (
+        isinstance(source, Mapping)
+        and source
+        and all(isinstance(m, Mixing) for m in source.values())
+    ):
+        return dict(source)
+    return mixings(source, kind=options.kind)
+
+
+def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> RowBlock:
+    """Rows of `mixing` as weights, with `options` applied."""
+    allowed = allowed_keys(mixing, start, rows.shape[-2], options).to(rows.device)
+    if mixing.signed:
+        seen = _seen(mixing, start, rows.shape[-2]).to(rows.device)
+        rows = unsigned(rows, seen, options.normalise)
+    plain = not (options.exclude_bos or options.exclude_self or options.key_mask is not None)
+    if not plain:
+        rows = rows * allowed
+    raw = mixing.signed and options.normalise == "none"
+    mass = (rows.abs() if raw else rows).sum(-1, keepdim=True)
+    full = ((mass > 0) & mass.isfinite()).squeeze(-1)  # one bad entry spoils the sum
+    if not plain and options.renormalise and not raw:
+        rows = rows / mass.clamp_min(1e-30)
+    if options.query_mask is not None:
+        mask = _fitted("query_mask", options.query_mask, mixing, mixing.n_queries)
+        full = full & mask[:, None, start : start + rows.shape[-2]]
+    return RowBlock(rows, allowed, full, start, mixing.n_queries, mixing.crossed)
+
+
+def row_blocks(mixing: Mixing, options: RowOptions) -> Iterator[RowBlock]:
+    """All rows of `mixing`, block by block."""
+    for start, _, rows in mixing.blocks():
+        yield row_block(mixing, rows, start, options)
+
+
+def allowed_keys(
+    mixing: Mixing, start: int, n_rows: int, options: RowOptions
+) -> Bool[Tensor, "batch 1 rows key"]:
+    """Keys that the mixing and the options leave to each query."""
+    allowed, key = _seen(mixing, start, n_rows), torch.arange(mixing.n_keys)
+    if options.exclude_self:
+        if mixing.crossed:
+            raise ValueError("exclude_self is undefined between two sequences (cross attention)")
+        allowed = allowed & (key != torch.arange(start, start + n_rows)[:, None])
+    if options.exclude_bos:
+        allowed = allowed & (key > 0)
+    allowed = allowed[None, None]
+    if options.key_mask is not None:
+        mask = _fitted("key_mask", options.key_mask, mixing, mixing.n_keys)
+        allowed = allowed & mask[:, None, None, :]
+    return allowed
+
+
+def _seen(mixing: Mixing, start: int, n_rows: int) -> Bool[Tensor, "rows key"]:
+    """Keys that the mixing lets each query see."""
+    seen = torch.ones(n_rows, mixing.n_keys, dtype=torch.bool)
+    return seen.tril(start) if mixing.causal else seen
+
+
+def _fitted(name: str, mask: Tensor, mixing: Mixing, size: int) -> Bool[Tensor, "batch_or_1 pos"]:
+    """A mask of the options as [batch or 1, pos], its sizes checked."""
+    mask = mask if mask.ndim == 2 else mask[None]
+    n_examples = mixing.n_examples if mixing.n_examples > 1 else len(mask)
+    if mask.shape[-1] != size or len(mask) not in (1, n_examples):
+        raise ValueError(f"{name} {list(mask.shape)} does not fit {n_examples} x {size} positions")
+    return mask
+
+
+def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
+    """Values [example head], valid rows [example head], chance, maximum, control [head or 1]."""
+    parts = mixing.parts() if isinstance(mixing, ChannelMixing) else [mixing]
+    columns = zip(*(_measure_heads(part, metric, options) for part in parts), strict=True)
+    values, rows, maximum, control = (torch.cat(column, -1) for column in columns)
+    return values, rows, _chance(mixing, metric, options), maximum, control
+
+
+def _measure_heads(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
+    """`_measure_layer` of all heads at once, chance left out."""
+    sums = {key: _Mean(metric) for key in ("value", "maximum", "control")}
+    for block in row_blocks(mixing, options):
+        found, defined = metric.value(block)
+        sums["value"].add(found, defined, block)
+        best = torch.ones(()) if metric.ceiling is None else metric.ceiling(block)
+        sums["maximum"].add(best, defined, block)
+        if metric.control is not None:
+            sums["control"].add(*metric.control(block), block)
+    values = sums["value"].mean()
+    values = values.expand(max(len(values), mixing.n_examples), mixing.n_heads).clone()
+    rows = sums["value"].count.expand_as(values)
+    maximum = sums["maximum"].mean().nanmean(0).expand(mixing.n_heads)
+    control = sums["control"].mean().nanmean(0).expand(mixing.n_heads)  # NaN without a control
+    return values, rows, maximum, control
+
+
+def _chance(mixing: Mixing, metric: Metric, options: RowOptions) -> Float[Tensor, " one"]:
+    """The metric of uniform attention over the same positions."""
+    sizes = mixing.n_queries, mixing.n_keys
+    uniform = UniformMixing(*sizes, causal=mixing.causal, crossed=mixing.crossed)
+    mean = _Mean(metric)
+    for start, _, rows in uniform.blocks(min(128, max(1, ROOM // mixing.n_keys // 2))):
+        block = row_block(uniform, rows, start, options)
+        mean.add(*metric.value(block), block)
+    return mean.mean().nanmean(0)
+
+
+class _Mean:
+    """Sums and counts per [example head] over blocks of rows, in float64; NaN where no row."""
+
+    def __init__(self, metric: Metric):
+        self.divisor = metric.divisor
+        self.total = self.count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, value: Tensor, defined: Tensor, block: RowBlock) -> None:
+        share = torch.ones(()) if self.divisor is None else self.divisor(block)
+        value, valid, share = torch.broadcast_tensors(value, defined & block.full, share)
+        self.total = self.total + torch.where(valid, value, 0).sum(-1, dtype=torch.float64)
+        self.count = self.count + torch.where(valid, share, 0).sum(-1, dtype=torch.float64)
+
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+
+def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
+    """Values [batch head] without the axes that `pattern` does not have."""
+    if pattern.ndim < 4 and len(values) > 1:
+        raise ValueError(
+            f"a pattern of shape {list(pattern.shape)} is one example, but tokens or masks were "
+            f"given for {len(values)}; pass [batch head query key]"
+        )
+    return values.reshape(values.shape[4 - pattern.ndim :])
+
+
+def _pattern_mixing(pattern: Tensor) -> Mixing:
+    if pattern.ndim not in (2, 3, 4):
+        raise ValueError(
+            "a pattern is [batch head query key], [head query key] or [query key], got shape "
+            f"{tuple(pattern.shape)}"
+        )
+    if not pattern.is_floating_point():
+        raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
+    return DenseMixing(pattern[(None,) * (4 - pattern.ndim)])

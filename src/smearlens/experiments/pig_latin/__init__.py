@@ -1,0 +1,1 @@
+"""Pig Latin by an encoder-decoder transformer and by Mamba."""

@@ -1,0 +1,248 @@
+"""Verdicts on the claims about Mamba and Pig Latin: rules fixed before the runs were seen.
+
+Rules read intervals over seeds (Student's t, 95 %) and exact tests over words, never one run; a
+claim is undecided when an interval straddles its threshold. Leaves out the claims' texts
+(`claims`), the comparisons (`paired`), and claim 22, which is about scans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smearlens.analysis.stats import Estimate, over_seeds
+from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
+from smearlens.experiments.pig_latin.paired import Comparison, Runs, accuracy, compare, runs_of
+from smearlens.experiments.pig_latin.verdicts import judged
+
+WORTH = 0.02  # of the words: a smaller advantage is none
+EXACT = 1e-4  # of the largest state: error of a closed form in float32
+CARRIES = 0.9  # of the words a model gets right: what carries so much carries the word
+FAILS = 0.5  # of the same: what leaves less does not
+
+FOLLOWS = "translation follows the states of another word put in at [EOS]"
+CUT = "convolution cut at [EOS]"
+MEMORY = ("small, kernel 16", "small", "bilinear", "kernel 4")
+
+
+def judge(found: Runs) -> list[Verdict]:
+    """Verdicts on claims 17 to 21 and 23."""
+    rules = (
+        bilinear_beats_hold, weights_decay, constant_delta, state_at_end, like_a_recurrence,
+        beats_transformer,
+    )  # fmt: skip
+    return judged(rules, found, base="small/bilinear")
+
+
+def bilinear_beats_hold(found: Runs) -> Verdict:
+    """Claim 17: bilinear against both exponential rules, Δ as it is and divided by √d."""
+    pairs = [
+        (f"small/bilinear{scaled}", f"small/{other}{scaled}")
+        for scaled in ("", ", scaled")
+        for other in ("zoh", "mamba rule")
+    ]
+    compared = compare(found, [*pairs, ("small/bilinear clamped", "small/bilinear")])
+    hold = [compared[0], compared[2]]
+    negative = [m["evidence"]["negative_decays"] for m in runs_of(found, "small/bilinear")]
+    findings = (
+        *map(_of, compared),
+        Finding("share of decays below 0, bilinear", over_seeds(negative), False),
+    )
+    outcome: Outcome = "undecided"
+    if all(c.clearly_better for c in hold):
+        outcome = "supported"
+    elif all(c.difference.high < WORTH for c in hold):
+        outcome = "refuted"
+    because = {
+        "supported": "Bilinear is better than zero-order hold with Δ as it is and with Δ/√d, over "
+        "seeds and word by word.",
+        "refuted": "On equal terms bilinear is at most two points better than zero-order hold, "
+        "with Δ as it is and with Δ/√d.",
+        "undecided": "On equal terms the difference of the two rules is not clear of the noise: "
+        + _points(hold)
+        + ".",
+    }[outcome]
+    return Verdict(claim(17), outcome, because, findings)
+
+
+def weights_decay(found: Runs) -> Verdict:
+    """Claim 18: the closed form against the states, summed from s + 1 and from s."""
+    seen = [m["evidence"]["closed_form"] for m in runs_of(found, "small/A = -1, selective")]
+    right, wrong = (over_seeds([s[key] for s in seen]) for key in ("from s + 1", "from s"))
+    findings = (
+        Finding("error of the states, sum of Δ from s + 1 to t, of the largest state", right, True),
+        Finding("the same with the step of s itself in the sum", wrong, True),
+    )
+    outcome: Outcome = "undecided"
+    if right.high < EXACT:
+        outcome = "supported"
+    elif right.low > EXACT:
+        outcome = "refuted"
+    because = {
+        "supported": "The states of the trained model are the sum of what was written, weighted "
+        "so, if the sum of Δ runs from s + 1: a token is not decayed by its own step.",
+        "refuted": "The closed form does not give the states of the trained model.",
+        "undecided": "The closed form is exact for some seeds only.",
+    }[outcome]
+    return Verdict(claim(18), outcome, because, findings)
+
+
+def constant_delta(found: Runs) -> Verdict:
+    """Claim 19: selective against constant Δ under either A, and Δ frozen after training."""
+    compared = compare(
+        found,
+        [
+            ("small/mamba rule", "small/A learned, constant"),
+            ("small/A = -1, selective", "small/A = -1, constant"),
+            ("small/A = -1, selective", "small/A learned, constant"),
+            ("small/mamba rule", "small/A learned, position"),
+            ("small/A = -1, selective", "small/A = -1, position"),
+        ],
+    )
+    frozen = [m["evidence"]["frozen_delta"] for m in runs_of(found, "small/mamba rule")]
+    lost = over_seeds([f["clean"] - f["frozen"] for f in frozen])
+    findings = (
+        *map(_of, compared),
+        Finding("words lost when Δ is frozen at its mean after training", lost, True),
+    )
+    both = [c.difference for c in compared[:2]]
+    outcome: Outcome = "undecided"
+    if all(d.high < WORTH for d in both):
+        outcome = "supported"
+    elif any(d.low > WORTH for d in both):
+        outcome = "refuted"
+    because = {
+        "supported": "Trained with a constant Δ the models are as good, within two points.",
+        "refuted": "A selective Δ is worth more than two points: " + _points(compared[:2]) + ".",
+        "undecided": "Selective minus constant Δ is not clear of two points: "
+        + _points(compared[:2])
+        + ".",
+    }[outcome]
+    because += f" A model trained with a selective Δ loses {100 * lost.mean:.0f} points of the "
+    because += "words when it is frozen afterwards."
+    return Verdict(claim(19), outcome, because, findings)
+
+
+def state_at_end(found: Runs) -> Verdict:
+    """Claim 20, for the write-up's kernel of 16: what the states carry, what the convolution."""
+    kept = {name: _carried(found, name) for name in MEMORY}
+    findings = tuple(
+        Finding(f"{name}: {label}, of the words it gets right", estimate, True)
+        for name, rows in kept.items()
+        for label, estimate in rows.items()
+    )
+    (follows, cut), (follows4, cut4) = (
+        (kept[name][FOLLOWS], kept[name][CUT]) for name in ("small, kernel 16", "small")
+    )
+    outcome: Outcome = "undecided"
+    if follows.low > CARRIES and cut.low > CARRIES:
+        outcome = "supported"
+    elif follows.high < FAILS or cut.high < FAILS:
+        outcome = "refuted"
+    because = {
+        "supported": "The translation follows the states that are put in at [EOS], and does "
+        "without what the convolution sees of the word.",
+        "refuted": "With a kernel of 16 taps the word is not in the states alone: "
+        f"{_percent(follows)} of the translations follow states put in at [EOS], and "
+        f"{_percent(cut)} survive without what the convolution sees of the word. With 4 taps it "
+        f"is {_percent(follows4)} and {_percent(cut4)}.",
+        "undecided": "What states and convolution carry is not clear of the thresholds over the "
+        "seeds.",
+    }[outcome]
+    return Verdict(claim(20), outcome, because, findings)
+
+
+def _carried(found: Runs, name: str) -> dict[str, Estimate]:
+    """Shares of the words a model gets right that an intervention at [EOS] leaves right."""
+    seen = [m["evidence"] for m in runs_of(found, f"small/{name}")]
+    moved = [s["exchange"]["0"] for s in seen]
+    memory = [s["memory"] for s in seen]
+
+    def of(runs: Runs, key: str) -> Estimate:
+        return over_seeds([run[key] / max(run["clean"], 1e-9) for run in runs])
+
+    return {
+        FOLLOWS: of(moved, "states"),
+        "the same with the convolution cut at [EOS]": of(moved, "states, convolution cut"),
+        **{key: of(memory, key) for key in (CUT, "states wiped at [EOS]",
+                                            "nothing written after [EOS]")},
+    }  # fmt: skip
+
+
+def like_a_recurrence(found: Runs) -> Verdict:
+    """Claim 21, as far as it can fail: do the states alone determine what follows?"""
+    findings, kept = [], []
+    for name in ("small", "small, kernel 16"):
+        seen = [m["evidence"]["exchange"] for m in runs_of(found, f"small/{name}")]
+        for offset in seen[0]:
+            shares = [s[offset]["states"] / max(s[offset]["clean"], 1e-9) for s in seen]
+            kept.append(over_seeds(shares))
+            label = f"{name}: follows the states put in {offset} tokens after [EOS]"
+            findings.append(Finding(label, kept[-1], True))
+    outcome: Outcome = "undecided"
+    if all(e.low > CARRIES for e in kept):
+        outcome = "supported"
+    elif any(e.high < FAILS for e in kept):
+        outcome = "refuted"
+    because = {
+        "supported": "At every place the states alone determine what follows, as in a recurrent "
+        "network.",
+        "refuted": "What follows is not determined by the states: the inputs that the short "
+        "convolution still holds count as well. Only states and these inputs together are the "
+        "state of a recurrent network, and then the sentence holds by construction.",
+        "undecided": "How far the states alone determine what follows is not clear of the "
+        "thresholds.",
+    }[outcome]
+    because += " Whether it learns what only a nonlinear recurrence can was not tried here."
+    return Verdict(claim(21), outcome, because, tuple(findings))
+
+
+def beats_transformer(found: Runs) -> Verdict:
+    """Claim 23: the tuned models of either family on either list, word by word."""
+    compared = compare(
+        found,
+        [("small/small", "small pairs/beast small"), ("large/large", "large pairs/beast small")],
+    )
+    names = ("small/small", "small pairs/beast small", "large/large", "large pairs/beast small")
+    findings = (
+        *(Finding(f"held-out accuracy, {name}", accuracy(found, name), True) for name in names),
+        *map(_of, compared),
+    )
+    outcome: Outcome = "undecided"
+    if all(c.clearly_better for c in compared):
+        outcome = "supported"
+    elif any(c.clearly_worse for c in compared) and not any(c.clearly_better for c in compared):
+        outcome = "refuted"
+    because = {
+        "supported": "On either list, with the same words held out, the tuned Mamba is better: "
+        + _points(compared)
+        + ".",
+        "refuted": "On equal data the tuned transformer is better: the write-up compared a Mamba "
+        "trained on the large list with transformers trained on the small one. "
+        + _points(compared)
+        + ".",
+        "undecided": "On equal data the two do not differ clearly, or not in one direction: "
+        + _points(compared)
+        + ".",
+    }[outcome]
+    return Verdict(claim(23), outcome, because, findings)
+
+
+def _of(c: Comparison) -> Finding:
+    label = (
+        f"{c.a} minus {c.b}, fraction of the words ({c.better} words better, {c.worse} worse, "
+        f"Holm p = {c.p_holm:.2g})"
+    )
+    return Finding(label, c.difference, True)
+
+
+def _points(compared: Sequence[Comparison]) -> str:
+    """Differences in points, with their intervals."""
+    return "; ".join(
+        f"{c.a} minus {c.b} {100 * c.difference.mean:+.1f} "
+        f"[{100 * c.difference.low:+.1f}, {100 * c.difference.high:+.1f}] points"
+        for c in compared
+    )
+
+
+def _percent(share: Estimate) -> str:
+    return f"{100 * share.mean:.0f} %"

@@ -1,0 +1,200 @@
+"""The report of the transformer on Pig Latin: tables, curves, mistakes, heads, embeddings.
+
+Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring and
+judging, and the parts it shares with the other study (`pig_latin_parts`).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smearlens.experiments.pig_latin.parts import (
+    curve_part,
+    list_part,
+    mistake_parts,
+    runs,
+    table_parts,
+)
+from smearlens.viz.plots import COLOURS
+from smearlens.viz.report import Part, Study, estimate, write_report
+from smearlens.viz.widgets import attention_heads, layer_similarity
+
+LETTERS = [*string.ascii_lowercase, "-", "[SOS]", "[EOS]"]
+VOWELS = "aeiou"
+LOOKED_INTO = ("2 heads", "beast small")
+CURVES: dict[str, Sequence[str]] = {
+    "positions": ("small pairs/base", "small pairs/no positions", "small pairs/trained positions"),
+    "layers": ("small pairs/1 + 1 layers", "small pairs/base", "small pairs/4 + 4 layers"),
+    "tuned": ("small pairs/beast small", "small pairs/beast large"),
+}
+
+
+def write_pig_latin_report(study: Study, out: Path) -> Path:
+    """Write `report.html`, `figures/*.png` and `tables/*.md`; returns the page."""
+    parts = [
+        list_part(study),
+        *table_parts(study),
+        curve_part(study, CURVES),
+        *mistake_parts(study, ("small pairs/base", "small pairs/beast small")),
+        heads_part(study),
+        *(pattern_part(study, name) for name in LOOKED_INTO),
+        position_part(study),
+        *letter_parts(study),
+    ]
+    title = "Pig Latin: what an encoder-decoder transformer needs, and how it does it"
+    return write_report(study, out, parts, title=title)
+
+
+def heads_part(study: Study) -> Part:
+    """Where every head looks, and what the keys of cross attention lose without it."""
+    rows = [["model", "head", "previous-token score", "chance",
+             "words right, another word's share of the keys"]]  # fmt: skip
+    aligned = [["", "", "weight on the source of the next character", "chance", ""]]
+    for name in LOOKED_INTO:
+        seen = [m["evidence"] for m in runs(study, f"small pairs/{name}")]
+        chance = f"{seen[0]['previous']['chance']:.3f}"
+        for layer, heads in enumerate(seen[0]["previous"]["scores"]):
+            for head in range(len(heads)):
+                scores = [s["previous"]["scores"][layer][head] for s in seen]
+                left = [s["keys"]["changed"][layer][head] for s in seen]
+                rows.append([name, f"encoder {layer}.{head}", estimate(scores), chance,
+                             estimate(left)])  # fmt: skip
+        chance = f"{seen[0]['alignment']['chance']:.3f}"
+        for layer, heads in enumerate(seen[0]["alignment"]["mass"]):
+            for head in range(len(heads)):
+                mass = [s["alignment"]["mass"][layer][head] for s in seen]
+                aligned.append([name, f"cross {layer}.{head}", estimate(mass), chance, ""])
+    return Part(
+        "Previous-token heads and aligned heads",
+        "Encoder heads: mean weight on the token before, and the share of words still right when "
+        "that head tells the keys of cross attention, and nothing else, of another word of equal "
+        "length. Below, cross-attention heads: weight on the source of the character to be written "
+        "next, by the rule. Heads of different seeds have no common order: read the best of each "
+        "layer.",
+        name="where-heads-look", table=[*rows, *aligned],
+    )  # fmt: skip
+
+
+def pattern_part(study: Study, name: str) -> Part:
+    """Encoder, decoder and cross attention on the three words of the write-up."""
+    shown = runs(study, f"small pairs/{name}")[0]["evidence"]["patterns"]
+    kinds = (
+        ("encoder", "encoder self-attention", "source", "source"),
+        ("decoder", "decoder self-attention", "target", "target"),
+        ("cross", "cross attention", "target", "source"),
+    )
+    widgets = []
+    for word, seen in shown.items():
+        for kind, title, query, key in kinds:
+            weights = np.asarray(seen[kind])
+            layers, heads = weights.shape[:2]
+            widgets.append(
+                attention_heads(
+                    _unrounded(weights.reshape(-1, *weights.shape[2:])),
+                    seen[query],
+                    seen[key] if query != key else None,
+                    labels=[f"layer {i}, head {j}" for i in range(layers) for j in range(heads)],
+                    mask="causal" if kind == "decoder" else "none",
+                    title=f"{word}: {title}",
+                )
+            )
+    return Part(
+        f"Attention of “{name}”",
+        "Query down, key across; seed 0. In cross attention queries are target tokens and keys "
+        "source tokens: the row of a token shows where the next one comes from.",
+        name="attention-" + name.replace(" ", "-"),
+        widgets=widgets,
+    )
+
+
+def position_part(study: Study) -> Part:
+    """The encoder's trained position embeddings beside the sinusoids they started from."""
+    table = runs(study, "small pairs/beast small")[0]["evidence"]["positions"]
+    return Part(
+        "Trained position embeddings",
+        "Encoder of “beast small”, seed 0: trained, and how far training moved each from the "
+        "sinusoid it started as. Positions beyond the longest word were never trained.",
+        name="positions-trained",
+        draw=partial(_draw_positions, table=table),
+    )
+
+
+def letter_parts(study: Study) -> list[Part]:
+    """Do vowels and consonants form clusters? Cosines, principal components, shuffled letters."""
+    rows = [["model", "vowel-vowel minus vowel-consonant cosine", "in s.d. of shuffled letters"]]
+    for name in LOOKED_INTO:
+        seen = [m["evidence"]["letters"]["vowels together"] for m in
+                runs(study, f"small pairs/{name}")]  # fmt: skip
+        rows.append([name, estimate([s["value"] for s in seen]), estimate([s["z"] for s in seen])])
+    embedding = np.asarray(runs(study, "small pairs/beast small")[0]["evidence"]["embedding"])
+    unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    order = [*sorted(range(26), key=lambda i: (LETTERS[i] not in VOWELS, i)), 26, 27, 28]
+    labels = [LETTERS[i] for i in order]
+    return [
+        Part(
+            "Do vowels and consonants form clusters?",
+            "The encoder's embedding of every letter. The null: the same vectors with the letters "
+            "shuffled, 2,000 times. Right, the components of a random embedding of this size, for "
+            "comparison: two components of 64 always scatter.",
+            name="letters", table=rows, draw=partial(_draw_letters, embedding=embedding),
+        ),
+        Part(
+            "Cosines between letters",
+            "Vowels first. “beast small”, seed 0.",
+            name="letter-cosines",
+            widgets=[layer_similarity((unit @ unit.T)[order][:, order], labels,
+                                      title="cosine of the encoder's embeddings")],
+        ),
+    ]  # fmt: skip
+
+
+def _draw_positions(figure: Any, table: list[list[float]]) -> None:
+    trained = np.asarray(table)
+    start = _sinusoids(*trained.shape)
+    figure.set_size_inches(10, 3.2)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    top = float(np.abs(trained).max())
+    left.imshow(trained, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    left.set(xlabel="channel", ylabel="position (token)", title="trained")
+    right.plot(np.linalg.norm(trained - start, axis=1), color=COLOURS[0], label="moved")
+    right.plot(np.linalg.norm(start, axis=1), color=COLOURS[5], label="length of the sinusoid")
+    right.set(xlabel="position (token)", ylabel="euclidean length", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8)
+
+
+def _draw_letters(figure: Any, embedding: np.ndarray) -> None:
+    figure.set_size_inches(9, 4.2)
+    random = np.random.default_rng(0).normal(size=embedding.shape)
+    titles = ("trained", "random")
+    for ax, vectors, title in zip(figure.subplots(1, 2), (embedding, random), titles, strict=True):
+        centred = vectors - vectors.mean(0)
+        _, size, directions = np.linalg.svd(centred, full_matrices=False)
+        share = (size**2 / (size**2).sum())[:2]
+        points = centred @ directions[:2].T
+        for label, (x, y) in zip(LETTERS, points, strict=True):
+            colour = COLOURS[1] if label in VOWELS else COLOURS[0]
+            ax.annotate(label, (x, y), color=colour, ha="center", va="center", fontsize=9)
+        low, high = points.min(0), points.max(0)
+        pad = 0.08 * (high - low)
+        ax.set(
+            xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]),
+            xlabel=f"first component ({share[0]:.0%} of the variance)",
+            ylabel=f"second ({share[1]:.0%})", title=f"{title} (vowels orange)",
+        )  # fmt: skip
+
+
+def _unrounded(weights: np.ndarray) -> np.ndarray:
+    """Rows that sum to 1 again after the rounding of `result.json`."""
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _sinusoids(n_ctx: int, d_model: int) -> np.ndarray:
+    """Vaswani et al. 2017, section 3.5."""
+    angle = np.arange(n_ctx)[:, None] / 10_000 ** (np.arange(0, d_model, 2) / d_model)
+    return np.stack((np.sin(angle), np.cos(angle)), -1).reshape(n_ctx, d_model)

@@ -1,0 +1,1 @@
+"""Smeared keys and induction: the main job (`short`) and the whole study (`study`)."""

@@ -1,0 +1,1 @@
+"""State-space layers: induction in Mamba, and what scans cost and lose."""
