@@ -169,39 +169,53 @@ def judge_convolution(found: list[dict[str, Any]]) -> Verdict:
     ]  # fmt: skip
     findings = tuple(Finding(label, over_seeds(v), causal=True) for label, v in rows)
     none, _, _, four, deep, on_b, *_, follows, stays = (f.estimate for f in findings)
-    needed = four.low > none.high and on_b.high < four.low - CLEARLY and follows.low > stays.high
-    needed &= four.low > LEARNED
+    lag = four.low > max(none.high, LEARNED)
+    keys = on_b.high < four.low - CLEARLY
+    moved = follows.low > stays.high
+    needed = lag and keys and moved
     outcome: Outcome = "undecided"
     if max(none.low, deep.low) > max(four.high - EQUAL, LEARNED):
         outcome = "refuted"
     elif needed and deep.high < four.low - EQUAL:
         outcome = "supported"
-    because = _convolution_text(needed, outcome, none, deep, four)
+    because = " ".join((
+        _one_layer_text(lag, none, four), _keys_text(keys, moved, on_b, follows, stays),
+        _two_layers_text(outcome, none, deep, four),
+    ))  # fmt: skip
     return Verdict(CLAIM, outcome, because, findings, n_seeds=four.n)
 
 
-def _convolution_text(
-    needed: bool, outcome: Outcome, none: Estimate, deep: Estimate, four: Estimate
-) -> str:
-    text = (
-        f"One layer without smearing reaches {none.mean:.2f}, one with four taps {four.mean:.2f}; "
-        "there the previous token matters in B, the key under which a token is written: without it "
-        "the model fails, and with another example's it answers by that example's order. The state "
-        "holds the pairs, the convolution makes them. "
-        if needed
-        else "That one layer does it through the lags of B is not shown beyond the seeds' noise. "
+def _one_layer_text(lag: bool, none: Estimate, four: Estimate) -> str:
+    reached = (
+        f"One layer without smearing reaches {none.mean:.2f}, one with four taps {four.mean:.2f}"
     )
-    two = f"Two layers without any convolution reach {deep.mean:.2f} against {four.mean:.2f}"
+    return reached + ("." if lag else ": not told apart beyond the seeds' noise.")
+
+
+def _keys_text(keys: bool, moved: bool, on_b: Estimate, follows: Estimate, stays: Estimate) -> str:
+    text = (
+        f"Without the previous token in B, the key under which a token is written, {on_b.mean:.2f}"
+    )
+    text += " is left. " if keys else " is left, too close to tell. "
+    exchanged = (
+        f"With the previous tokens of another example in B it answers by that example's order in "
+        f"{follows.mean:.2f} and by its own in {stays.mean:.2f} of the cases"
+    )
+    return text + exchanged + ("." if moved else ": not told apart beyond the seeds' noise.")
+
+
+def _two_layers_text(outcome: Outcome, none: Estimate, deep: Estimate, four: Estimate) -> str:
+    two = f"Two layers without any convolution reach {deep.mean:.2f}"
     if outcome == "supported":
-        return f"{text}{two}: at this size and budget depth is no way around it."
+        return f"{two}: at this size and budget depth is no way around it."
     if outcome == "refuted" and none.low > four.high - EQUAL:
-        return text + "One layer that smears nothing does as well."
+        return "One layer that smears nothing does as well."
     if outcome == "refuted":
         return (
-            f"{text}{two}: the state of the first layer can carry the previous token as well. The "
+            f"{two}: the state of the first layer can carry the previous token as well. The "
             "convolution is the way of one layer, not of Mamba."
         )
-    return f"{text}{two}."
+    return f"{two} against {four.mean:.2f}: whether as good is not decided by these seeds."
 
 
 def judge_bilinear(found: list[dict[str, Any]]) -> Verdict:
