@@ -23,7 +23,7 @@ import torch
 
 from smearlens import ConvAttn, TrainConfig, train
 from smearlens.analysis.behaviour import ar_split, per_token_loss
-from smearlens.experiments.long_context_measures import GapBatches, gap_scores, gap_tokens
+from smearlens.experiments.long_context.measures import GapBatches, gap_scores, gap_tokens
 
 # %% [markdown]
 # ## `n_ctx` of a rotary model is a limit, not a weight
@@ -50,12 +50,13 @@ print(f"weights: rotary {long.n_parameters:,}, with a learned table {learned.n_p
 # %% [markdown]
 # ## Repeats at a distance
 #
-# A block of 16 distinct tokens at the end of a sequence stood there once before, `gap` tokens
-# earlier; everything else is noise of other tokens. Nothing but the earlier block tells what comes
-# next, and only the tokens it predicts count in the loss.
+# A block of 16 distinct tokens comes back every `gap` tokens; everything else is noise of other
+# tokens. Nothing but an earlier copy tells what comes next, and only what it predicts counts in the
+# loss. In tests the block stands there once before.
 
 # %%
-print(gap_tokens(1, 20, 48, 64, generator=torch.Generator().manual_seed(2)).tolist()[0])
+example, targets = gap_tokens(1, 20, 48, 64, generator=torch.Generator().manual_seed(2))
+print(example[0].tolist(), "of which count", int(targets.sum()))
 
 models = {}
 for name, changes in {
@@ -76,19 +77,24 @@ for name, changes in {
 
 # %%
 LENGTHS = (96, 192, 384, 768, 1536)
+
+
+def repeats(gap, length, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return gap_tokens(16, gap, length, 64, copies=2, generator=generator).tokens
+
+
 accuracy = {
-    name: [
-        gap_scores(model, gap_tokens(
-            16, 48, length, 64, generator=torch.Generator().manual_seed(3)
-        ))["accuracy"]
-        for length in LENGTHS
-    ]
+    name: [gap_scores(model, repeats(48, length))["accuracy"] for length in LENGTHS]
     for name, model in models.items()
-}  # fmt: skip
+}
 fig, ax = plt.subplots(figsize=(6, 3))
 for name, values in accuracy.items():
     ax.plot(LENGTHS, values, marker="o", label=name)
-    print(f"{name:<20}", "  ".join(f"{length}: {v:.2f}" for length, v in zip(LENGTHS, values)))
+    print(
+        f"{name:<20}",
+        "  ".join(f"{length}: {v:.2f}" for length, v in zip(LENGTHS, values, strict=True)),
+    )
 ax.axvline(96, color="#9aa3ab", linestyle=":")
 ax.set_xscale("log", base=2)
 ax.set(xlabel="tokens of the sequence (trained: 96)", ylabel="accuracy at gap 48", ylim=(0, 1.02))
@@ -103,8 +109,7 @@ fig.tight_layout()
 
 # %%
 for gap in (48, 160, 640, 1500):
-    length = gap + 36
-    given = gap_tokens(16, gap, length, 64, generator=torch.Generator().manual_seed(4))
+    given = repeats(gap, gap + 36)
     scores = {name: gap_scores(model, given)["accuracy"] for name, model in models.items()}
     print(f"gap {gap:>5}  ", "  ".join(f"{name}: {v:.2f}" for name, v in scores.items()))
 
@@ -116,7 +121,7 @@ for gap in (48, 160, 640, 1500):
 # are the second block.
 
 # %%
-given = gap_tokens(16, 48, 96, 64, generator=torch.Generator().manual_seed(5))
+given = repeats(48, 96)
 for name, model in models.items():
     with torch.no_grad():
         logits = model(given)

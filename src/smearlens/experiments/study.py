@@ -32,8 +32,8 @@ STUDIES = {  # name on the command line -> module, name of its configuration
     "scans": ("smearlens.experiments.state_space.scans", "ScansConfig"),
     "pig-latin": ("smearlens.experiments.pig_latin.transformer", "PigLatinConfig"),
     "mamba-pig-latin": ("smearlens.experiments.pig_latin.mamba", "MambaPigLatinConfig"),
-    "evolution": ("smearlens.experiments.evolution", "EvolutionConfig"),
-    "long-context": ("smearlens.experiments.long_context", "LongContextConfig"),
+    "evolution": ("smearlens.experiments.evolution.study", "EvolutionConfig"),
+    "long-context": ("smearlens.experiments.long_context.study", "LongContextConfig"),
 }
 
 

@@ -1,6 +1,6 @@
 r"""WikiText-2 with GPT-2's vocabulary at the sizes of the write-up: how to train it, what it costs.
 
-    python -c "from smearlens.experiments.paper_preset import train_paper; \
+    python -c "from smearlens.experiments.long_context.paper_preset import train_paper; \
         train_paper('ConvAttn', 'wikitext-2-raw', 'runs/paper-conv')"
 
 The loss streams over the 50,257 logits of a token and never holds [batch pos d_vocab]. Leaves out

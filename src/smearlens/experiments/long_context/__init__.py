@@ -1,0 +1,1 @@
+"""Hybrids, contexts longer than those trained on, and what a full-size run costs."""
