@@ -214,10 +214,13 @@ def test_time_per_element_does_not_grow_with_length(scan):
         grad(scan(*tensors)[0].sum(), tensors)
         return time.process_time() - start
 
+    def ratio():
+        times = [(cost(4, 64), cost(1, 256)) for _ in range(5)]  # equal batch · pos
+        short, long = (min(column) for column in zip(*times, strict=True))
+        return long / short
+
     cost(4, 64)  # warm up
-    times = [(cost(4, 64), cost(1, 256)) for _ in range(5)]  # equal batch · pos
-    short, long = (min(column) for column in zip(*times, strict=True))
-    assert long < 1.6 * short
+    assert any(ratio() < 1.6 for _ in range(4))  # quadratic code has a ratio near 4, always
 
 
 MEMORY = Path(__file__).with_name("scan_memory.py")

@@ -61,8 +61,8 @@ class Tracker:
 
     Example:
         >>> tracker = Tracker(lambda model: {"weight": float(model.weight.sum())}, at=100)
-        >>> [step for step in range(401) if tracker.is_due(step, 350)]
-        [0, 100, 200, 300, 350, 400]
+        >>> tuple(step for step in range(401) if tracker.is_due(step, 350))
+        (0, 100, 200, 300, 350, 400)
     """
 
     def __init__(self, *metrics: MetricFunction, at: int | Iterable[int] | None = None):
