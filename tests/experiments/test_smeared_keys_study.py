@@ -71,7 +71,9 @@ def test_every_cell_is_there_and_every_claim_is_judged(study):
     assert len(found["measures"]) == len(few(TINY, wikitext=True))
     assert [v["claim"]["number"] for v in found["verdicts"]] == CLAIMS
     assert {v["because"] for v in found["verdicts"]} == {"One seed proves nothing."}
-    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(found))
+    timed = {"seconds_in_cells": 0}  # another test runs a cell again
+    on_disk = json.loads((out / "result.json").read_text())
+    assert on_disk | timed == json.loads(json.dumps(found)) | timed
     for m in found["measures"]:
         assert m["task"] != "norms" or m["gradient_norms"]["steps"] == [0]
 
