@@ -2,6 +2,21 @@
 
 Every public name can be imported from here and is loaded on first use, so that a metric does not
 pull in TransformerLens and `import smearlens` itself takes milliseconds.
+
+| folder | what lives there | may import |
+|---|---|---|
+| `nn` | hooked layers: attention, convolution, state space, scans | itself |
+| `models` | one file per model, saving and loading | `nn` |
+| `analysis` | from activations to numbers; `analysis.mixing`: the matrices behind them | itself |
+| `causal` | interventions: audit, ablation, patches, states | `models.base`, `analysis`, `data` |
+| `data` | tokens and where they come from | itself |
+| `training` | a loop that resumes, tracking, evaluation | `models.base`, `analysis`, `data` |
+| `adapters` | other libraries' models and caches | `models`, `analysis` |
+| `viz` | plots, widgets, pages, the frame of a report | `analysis` |
+| `experiments` | one folder per study, the claims, the grid of runs | all of the above |
+| `cli.py` | parses, calls, prints | `experiments` |
+
+A test reads the imports of every file and holds them to this table.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class WithinRun:
 def association(metric: ArrayLike, loss: ArrayLike, *, level: float | int = 0.95) -> Association:
     """Correlations over runs: one number of each per run, such as at the end of training.
 
-    Percentile bootstrap intervals of a correlation are too narrow for few runs (see the p-value,
-    which is exact); fewer than 5 runs give no interval at all and are flagged descriptive.
+    A percentile bootstrap interval of a correlation is rough for few runs: read the permutation
+    p-value beside it. Fewer than 5 runs give no interval at all and are flagged descriptive.
 
     Args:
         metric: one value per run

@@ -1,7 +1,7 @@
 """Verdicts on what the write-ups say of text: padding, masks, convergence, gradients.
 
 Every rule reads intervals over seeds and was fixed in advance. Leaves out what is judged on
-repeated tokens (`verdicts`, `verdicts`).
+repeated tokens (`short_verdicts`, `verdicts`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from smearlens.analysis.stats import Estimate, paired_over_seeds
 from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
-from smearlens.experiments.smeared_keys.short_verdicts import Measures, finding, runs_of, values
+from smearlens.experiments.rules import finding, half_way
+from smearlens.experiments.smeared_keys.short_verdicts import Measures, runs_of, values
 
 UNMASKED = "pads counted, no mask"
 MASKED = "pads counted"
@@ -131,7 +132,7 @@ def converges_faster(measures: Measures) -> Verdict:
             continue
         conv, stack = (runs_of(measures, task, name) for name in (conv_name, stack_name))
         end = paired_over_seeds(values(conv, key), values(stack, key))
-        early = paired_over_seeds(_half_way(conv), _half_way(stack))
+        early = paired_over_seeds(half_way(conv), half_way(stack))
         where = {"text": "tiny Shakespeare", "wikitext": "WikiText-2"}[task]
         label = f"{where}, {conv_name} minus {stack_name} (nats)"
         findings += [
@@ -200,8 +201,8 @@ def _about_gradients(
     change = max(abs(gain.mean) for gain in gains)
     beside = (
         f" Other parameters jump up to {max(others):.1f}-fold, and clipping at 1 changes the "
-        f"held-out loss of these models by {change:.4f} nats at most. Single precision: what half "
-        "precision overflows is not tested."
+        f"held-out loss of the convolution models by {change:.4f} nats at most. Single precision: "
+        "what half precision overflows is not tested."
     )
     return {
         "supported": "The kernel's gradient norm jumps tenfold in every run of a setting, and "
@@ -211,10 +212,6 @@ def _about_gradients(
         "undecided": f"The largest jump of the kernel's gradient norm is {most:.1f}-fold on "
         "average; the seeds do not agree on whether it is tenfold, or clipping does not help.",
     }[outcome] + beside
-
-
-def _half_way(runs: Measures) -> list[float]:
-    return [m["curve"][len(m["curve"]) // 2]["loss"] for m in runs]
 
 
 def _jump(run: dict[str, Any], parameter: str) -> float:
