@@ -36,6 +36,7 @@ MEANING = {  # where the comment in the code is the shape alone
     "hook_A_bar": "decay of each state at each step",
     "hook_B_bar": "gain of the input into each state",
     "hook_attn_out": "what attention adds to the stream",
+    "hook_cross_attn_out": "what cross attention adds to the stream",
     "hook_conv_out": "what the convolution adds to the stream",
     "hook_ssm_out": "what the state-space layer adds to the stream",
     "hook_mlp_out": "what the MLP adds to the stream",

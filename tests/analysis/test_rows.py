@@ -66,6 +66,17 @@ def test_fully_masked_rows_are_left_out_and_not_averaged_as_zero(nothing):
         assert scores.rows[NAME][:, 0].tolist() == [5, 7 - first]
 
 
+def test_a_row_with_an_entry_that_is_not_finite_is_left_out():
+    pattern = torch.from_numpy(ref.random_pattern(0, 2, 3, 7))
+    pattern[1, 2, 4, 3] = math.inf
+    mask = torch.arange(7) != 4
+    for metric in (sink_mass, self_mass, prev_token_score):
+        scores, rest = metric({f"{NAME}.hook_pattern": pattern}), metric(pattern, query_mask=mask)
+        assert float(scores[NAME][1, 2]) == float(rest[1, 2])
+        first = 1 if metric is prev_token_score else 0
+        assert scores.rows[NAME].tolist() == [[7 - first] * 3, [7 - first] * 2 + [6 - first]]
+
+
 @pytest.mark.parametrize("nothing", [0.0, math.nan])
 def test_rows_without_keys_do_not_hide_that_a_pattern_is_causal(nothing):
     pattern = torch.from_numpy(ref.random_pattern(0, 2, 3, 7))

@@ -186,6 +186,23 @@ def test_a_cut_convolution_keeps_its_bias_and_forgets_exactly():
     assert torch.equal(outs[0][:, :5], free[:, :5])
 
 
+def test_a_cut_convolution_adds_its_bias_where_the_input_is_hidden():
+    model, (tokens, _) = mamba(n_layers=1), pair()
+    conv = model.blocks[0].conv
+    with torch.no_grad():
+        conv.bias.copy_(torch.randn(12, dtype=torch.float64))
+    _, cache = model.run_with_cache(tokens)
+    x, expected = cache["blocks.0.conv.hook_in"], cache["blocks.0.conv.hook_out"].clone()
+    for t in (5, 6, 7):
+        expected[:, t] = conv.bias.detach()
+        for lag in range(4):
+            if t - lag >= 5:
+                expected[:, t] += conv.weight.detach()[:, lag] * x[:, t - lag]
+    with model.hooks(cut_convolution(model, 4, hide_position=True)):
+        _, cut = model.run_with_cache(tokens)
+    torch.testing.assert_close(cut["blocks.0.conv.hook_out"], expected)
+
+
 def test_what_does_not_exist_is_named():
     model, (clean, corrupt) = mamba(), pair()
     known = "['blocks.0.ssm', 'blocks.1.ssm']"

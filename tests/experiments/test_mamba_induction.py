@@ -172,6 +172,7 @@ def test_each_outcome_on_the_convolution_can_be_reached(changes, outcome, said):
         ({"bilinear": 0.95}, "supported"),
         ({"bilinear": 0.85}, "refuted"),
         ({}, "refuted"),
+        ({"bilinear": 0.9, "zoh": 0.8}, "refuted"),  # ahead of one of the two alone
         ({"bilinear": 0.95, "zoh": 0.4}, "undecided"),
     ],
 )

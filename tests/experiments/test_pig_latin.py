@@ -10,10 +10,13 @@ from smearlens.experiments.grid import Cell, run_grid
 from smearlens.experiments.pig_latin import mamba as mamba_pig_latin
 from smearlens.experiments.pig_latin import transformer as pig_latin
 from smearlens.experiments.pig_latin.evidence import (
+    alignment_scores,
     equal_lengths,
     keys_from_other_words,
+    letters_near_start,
     previous_scores,
     start_exchanged,
+    vowels_together,
 )
 from smearlens.experiments.pig_latin.looks import gather
 from smearlens.experiments.pig_latin.mamba_evidence import (
@@ -35,7 +38,7 @@ from smearlens.experiments.pig_latin.task import (
     stored_split,
 )
 from smearlens.experiments.pig_latin.verdicts import judge as judge_transformer
-from smearlens.experiments.pig_latin.verdicts import positions
+from smearlens.experiments.pig_latin.verdicts import positions, previous_token_head
 from smearlens.models.mamba import Mamba, MambaConfig
 from smearlens.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from smearlens.training.config import TrainConfig
@@ -189,10 +192,27 @@ def transformer_world(**changes):
         (16, "supported", {}),
         (16, "refuted", {"accuracy": {"beast large": 0.99}}),
         (16, "undecided", {"accuracy": {"16 heads": 0.95}}),
+        (16, "undecided", {"accuracy": {"16 heads": 0.955}}),  # 2 words worse: not clearly
     ],
 )
 def test_transformer_verdicts(number, outcome, changes):
     assert transformer_world(**changes)[number] == outcome
+
+
+def test_the_other_heads_are_those_that_are_not_the_best():
+    """Of three heads in two layers: what the best one costs, and the mean of the other five."""
+    found = []
+    for name in ("2 heads", "beast small"):
+        for run in variant("small pairs", name, *(share(0.9) for _ in range(3))):
+            run["evidence"] = {
+                "previous": {"scores": [[0.1, 0.2, 0.3], [0.2, 0.9, 0.1]]},
+                "alignment": {"mass": [[0.3, 0.2, 0.1], [0.1, 0.8, 0.7]]},
+                "keys": {"clean": 0.9, "changed": [[0.8, 0.85, 0.9], [0.75, 0.4, 0.95]]},
+            }
+            found.append(run)
+    means = [f.estimate.mean for f in previous_token_head(found).findings]
+    others = 0.9 - (0.8 + 0.85 + 0.9 + 0.75 + 0.95) / 5
+    assert means == pytest.approx([0.9, 0.8, 0.5, others, 0.5 - others] * 2)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +368,126 @@ def test_keys_of_another_word_matter_only_where_a_head_writes():
     scores = previous_scores(model, batches)["scores"]
     assert [len(layer) for layer in scores] == [3, 3]
     assert start_exchanged(model, batches)["clean"] > 0
+
+
+@pytest.fixture(scope="module")
+def translator():
+    """A trained model whose first letters are not all right, and words of equal lengths."""
+    model = tiny("pair")
+    _fit(model, "pair", steps=160)
+    return model, list(equal_lengths(tuple(PAIRS)))
+
+
+@torch.no_grad()
+def test_keys_of_another_word_are_those_of_an_encoder_edited_by_hand(translator):
+    """Each head of the last layer: the encoder's end and the keys' projections, written out."""
+    model, batches = translator
+    block, width = model.encoder.blocks[1], model.config.d_model
+    expected, total = [0, 0, 0], 0
+    for batch in batches:
+        _, cache = model.run_with_cache(batch.source, batch.target)
+        z = cache["encoder.blocks.1.attn.hook_z"]
+        total += len(z)
+        for head in range(3):
+            mixed = z.clone()
+            for i in range(len(z)):
+                mixed[i, :, head] = z[(i - 1) % len(z), :, head]
+            x = cache["encoder.blocks.1.hook_resid_pre"] + block.attn.out_proj(mixed.flatten(2))
+            memory = model.encoder.ln_final(x + block.mlp(block.ln2(x)))
+            hooks = []
+            for i, layer in enumerate(model.decoder.blocks):
+                keys = memory @ layer.cross_attn.in_proj.weight[width : 2 * width].T
+                keys = keys.unflatten(-1, (3, 4))
+                name = f"decoder.blocks.{i}.cross_attn.hook_k"
+                hooks.append((name, lambda k, hook, keys=keys: keys))
+            logits = model.run_with_hooks(batch.source, batch.target, fwd_hooks=hooks)
+            hits = logits[:, :-1].argmax(-1) == batch.target[:, 1:]
+            expected[head] += sum(all(row) for row in hits.tolist())
+    found = keys_from_other_words(model, batches)
+    assert found["changed"][1] == [right / total for right in expected]
+    assert set(found["changed"][1]) != {found["clean"]}  # else the comparison says little
+
+
+@torch.no_grad()
+def test_another_start_is_another_row_of_the_embedding(translator):
+    model, batches = translator
+    table, sos = model.get_parameter("decoder.embed.weight"), 27
+    own = table[sos].clone()
+    vowels = sum(table["abcdefghijklmnopqrstuvwxyz".index(v)] for v in "aeiou")
+    found, seen = start_exchanged(model, batches), set()
+    for name, row in (
+        ("clean", own), ("vowels", vowels * own.norm() / vowels.norm()), ("nothing", 0 * own),
+    ):  # fmt: skip
+        table[sos] = row
+        hits = []
+        for batch in batches:
+            logits = model(batch.source, batch.target[:, :1])[:, 0]
+            hits += (logits.argmax(-1) == batch.target[:, 1]).tolist()
+        table[sos] = own
+        assert found[name] == pytest.approx(sum(hits) / len(hits)), name
+        seen.add(found[name])
+    assert len(seen) > 1
+
+
+@torch.no_grad()
+def test_scores_of_heads_equal_loops_over_words(translator):
+    model, batches = translator
+    previous, mass, accuracy, before = ([[], []] for _ in range(4))
+    for batch in batches:
+        _, cache = model.run_with_cache(batch.source, batch.target)
+        for layer in range(2):
+            own = cache[f"encoder.blocks.{layer}.attn.hook_pattern"]
+            cross = cache[f"decoder.blocks.{layer}.cross_attn.hook_pattern"]
+            for i, row in enumerate(batch.source.tolist()):
+                word = "".join(chr(97 + t) if t < 26 else "-" for t in row[:-1])
+                previous[layer].append(
+                    [sum(own[i, h, q, q - 1].item() for q in range(1, len(row))) / len(word)
+                     for h in range(3)]
+                )  # fmt: skip
+                places = [(q, k) for q, k in enumerate(alignment(word)) if k >= 0]
+                for kept, of in (
+                    (mass, lambda p, q, k: p[q, k].item()),
+                    (accuracy, lambda p, q, k: p[q].argmax().item() == k),
+                    (before, lambda p, q, k: p[q, k - 1].item() if k else None),
+                ):
+                    heads = []
+                    for h in range(3):
+                        values = [of(cross[i, h], q, k) for q, k in places]
+                        values = [v for v in values if v is not None]
+                        heads.append(sum(values) / len(values))
+                    kept[layer].append(heads)
+
+    def means(kept):
+        return [[sum(x) / len(x) for x in zip(*layer, strict=True)] for layer in kept]
+
+    found = alignment_scores(model, batches)
+    for name, table, kept in (
+        ("previous", previous_scores(model, batches)["scores"], previous),
+        ("mass", found["mass"], mass),
+        ("accuracy", found["accuracy"], accuracy),
+        ("mass one before", found["mass one before"], before),
+    ):
+        for one, other in zip(table, means(kept), strict=True):
+            assert one == pytest.approx(other, abs=6e-5), name
+
+
+@torch.no_grad()
+def test_letters_planted_near_the_start():
+    """Vowels along [SOS], consonants at right angles: a difference of 1, its z by counting."""
+    model = Seq2Seq(Seq2SeqConfig(d_model=24, n_heads=3, n_layers=1, d_mlp=7)).eval()
+    letters = model.get_parameter("encoder.embed.weight")
+    letters.zero_()
+    for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz"):
+        letters[i, 0 if letter in "aeiou" else 1 + i % 23] = 2.0 + i
+    model.get_parameter("decoder.embed.weight")[27] = 3 * torch.eye(24)[0]
+    found = letters_near_start(model)
+    assert found["value"] == pytest.approx(1)
+    drawn = 5 * (5 / 26) * (21 / 26) * (21 / 25)  # variance of how many of 5 drawn are vowels
+    spread = (1 / 5 + 1 / 21) * drawn**0.5
+    assert found["z"] == pytest.approx(1 / spread, rel=0.1)
+    together = vowels_together(model)
+    assert together["value"] == pytest.approx(1)
+    assert together["z"] > 5
 
 
 # Running ---------------------------------------------------------------------------------------

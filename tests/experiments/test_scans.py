@@ -138,6 +138,13 @@ def test_each_outcome_of_the_verdict_can_be_reached(growth, outcome, said):
     assert verdict.n_seeds == 3
 
 
+def test_an_error_that_grows_as_the_loops_does_is_not_lost():
+    rows = world(loop=1, doubling=1, log_space=1, log_space_floor=1)
+    verdict = judge(rows)
+    assert verdict.outcome == "refuted"
+    assert "no scan loses" in verdict.because
+
+
 def test_an_error_that_is_not_finite_counts_as_lost():
     rows = world()
     for row in rows:

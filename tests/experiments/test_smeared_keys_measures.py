@@ -87,6 +87,36 @@ def test_a_layer_without_its_best_head_against_a_plain_hook():
     assert row["without_induction"]["accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
 
 
+def test_each_score_removes_the_head_that_is_best_by_it():
+    model = AttnAttn(AttnAttnConfig(**SIZE, n_layers=2)).eval()
+
+    def planted(pattern, hook):
+        made = torch.zeros_like(pattern)
+        made[:, 1] = stripe(1, 0.75)(TOKENS)
+        made[:, 2] = torch.eye(TOKENS.shape[1]).roll(-1, 1).tril() * 0.9
+        return made
+
+    model.hook_dict["blocks.1.attn.hook_pattern"].add_hook(planted, is_permanent=True)
+    row = ours.layers(model, TOKENS)[1]
+    assert (row["induction"]["head"], row["prev_token"]["head"]) == (1, 2)
+    _, cache = model.run_with_cache(TOKENS)
+    for name, head in (("induction", 1), ("prev_token", 2)):
+        mean = cache["blocks.1.attn.hook_z"][:, :, head].mean((0, 1))
+
+        def remove(z, hook, head=head, mean=mean):
+            z[:, :, head] = mean
+            return z
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_z", remove)])
+        hits, accuracies = logits[:, :-1].argmax(-1) == TOKENS[:, 1:], []
+        for hit, tokens in zip(hits.tolist(), TOKENS.tolist(), strict=True):
+            known = [i for i in range(len(tokens) - 1) if tokens[i] in tokens[:i]]
+            accuracies.append(sum(hit[i] for i in known) / len(known))
+        found = row[f"without_{name}"]["accuracy"]
+        assert found == pytest.approx(sum(accuracies) / len(accuracies)), name
+
+
 @pytest.mark.parametrize("role", ["stream", "k"])
 def test_the_way_of_a_kernel_from_its_start(role):
     config = ConvAttnConfig(**SIZE, kernel_size=5, causal=False, conv_on=role)

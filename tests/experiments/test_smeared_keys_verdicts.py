@@ -64,6 +64,14 @@ def test_start_accuracy_needs_lines_that_are_mostly_padding():
     assert (verdict.outcome, verdict.findings) == ("undecided", ())
 
 
+def test_start_accuracy_needs_padding_to_raise_both_models():
+    def spare(m):
+        m["accuracy_with_pads"] = m["accuracy"]
+
+    one = edited(padded(), spare, name="two layers, bare")
+    assert on_text.start_accuracy(one, PADDING).outcome == "undecided"
+
+
 # Claim 3 ---------------------------------------------------------------------------------------
 
 
@@ -237,6 +245,13 @@ def test_converges_faster():
     assert "ahead in 3 and behind in 3 of 6 pairs" in mixed.because
     one_text = [m for m in pairs(lambda pair: 0.3) if m["task"] == "text"]
     assert len(on_text.converges_faster(one_text).findings) == 8
+
+
+def test_a_lead_at_the_end_alone_is_no_faster_convergence():
+    def level(m):
+        m["curve"][1]["loss"] = 2.5
+
+    assert on_text.converges_faster(edited(pairs(lambda p: 0.3), level)).outcome == "undecided"
 
 
 # Claim 12 --------------------------------------------------------------------------------------

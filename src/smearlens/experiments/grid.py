@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from smearlens._files import write_atomically
+from smearlens.experiments.threads import one_thread
 from smearlens.models.base import HookedModel
-from smearlens.models.families import family
+from smearlens.models.families import family, load_model
+from smearlens.training.checkpoint import list_checkpoints
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
 from smearlens.training.tracking import Callback
@@ -106,9 +108,7 @@ def run_grid(
 
 def _run_share(cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], runs: Path) -> None:
     """Run these cells one after another on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         missing = [cell for cell in cells if not (runs / cell.folder / "measures.json").exists()]
         made = tasks() if missing else {}
         parent = multiprocessing.parent_process()
@@ -116,8 +116,6 @@ def _run_share(cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], runs
             if parent is not None and not parent.is_alive():
                 return  # the study was killed: leave nothing running behind it
             run_cell(cell, made[cell.task], runs / cell.folder)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
@@ -151,3 +149,8 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
     write_atomically(folder / "seconds.txt", seconds)
     write_atomically(folder / "measures.json", json.dumps(measures, indent=1) + "\n")
     return measures
+
+
+def trained_model(folder: Path) -> HookedModel:
+    """The model of a finished cell, from the last checkpoint in its folder, in eval mode."""
+    return load_model(list_checkpoints(folder / "checkpoints")[-1]).eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from smearlens.analysis.behaviour import (
@@ -66,6 +66,14 @@ def behaviour(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str,
     }
 
 
+@torch.no_grad()
+def with_patterns(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_vocab"], Any]:
+    """Logits, and a cache of every attention pattern."""
+    return model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
+
+
 def head_scores(
     model: HookedModel, tokens: Int[Tensor, "batch pos"], *, example: bool
 ) -> dict[str, Any]:
@@ -73,10 +81,7 @@ def head_scores(
 
     With `example`, also the patterns of the best head's layer on the first sequence.
     """
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_pattern")
-        )
+    _, cache = with_patterns(model, tokens)
     found = {
         "induction": induction_score(cache, tokens),
         "prev_token": prev_token_score(cache),
@@ -181,9 +186,7 @@ def positional_test(
     generator = torch.Generator().manual_seed(0)
     nothing = iid_tokens(64, length, d_vocab, generator=generator)
     tokens = evaluation_tokens(period, length, d_vocab, batch=64)
-    with torch.no_grad():
-        _, idle = model.run_with_cache(nothing, names_filter=lambda n: n.endswith("hook_pattern"))
-        _, busy = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("hook_pattern"))
+    (_, idle), (_, busy) = with_patterns(model, nothing), with_patterns(model, tokens)
     profiles = lag_profile(idle, max_lag=length - 1)
     best = best_head(induction_score(busy, tokens))
     return {

@@ -47,6 +47,13 @@ def study_named(name: str) -> tuple[type, Callable[..., dict[str, Any]]]:
     return getattr(module, STUDIES[name][1]), module.run
 
 
+def check_counts(config: Any, *names: str) -> None:
+    """Raise a ValueError unless each of these sizes of a configuration is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
 def open_study(out: Path, config: Any) -> None:
     """Make the folder of a study, or find that it is one of the same configuration.
 

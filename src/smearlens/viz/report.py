@@ -1,7 +1,7 @@
 """A study's report: one self-contained page, verdicts first, its figures and tables also as files.
 
-Reads only plain numbers. Leaves out what each study has to say (a list of `Part`s, made by
-`experiments.smeared_keys.short_report` and by the studies) and the pieces of a page (`viz.page`).
+Reads only plain numbers. Leaves out what each study has to say (a list of `Part`s, made by the
+reports of the studies) and the pieces of a page (`viz.page`).
 """
 
 from __future__ import annotations
@@ -72,10 +72,20 @@ def write_report(study: Study, out: Path, parts: Sequence[Part], *, title: str) 
     return out / "report.html"
 
 
-def estimate(values: Sequence[float]) -> str:
-    """Mean and interval over seeds as the text of a cell."""
+def estimate(values: Sequence[float], shape: str = ".3f") -> str:
+    """Mean and interval over seeds as the text of a cell, each number in this format.
+
+    >>> estimate([0.25, 0.25, 0.25]), estimate([0.25], "+.2f")
+    ('0.250 [0.250, 0.250]', '+0.25 (1 seed)')
+    """
     e = over_seeds(values)
-    return f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" if e.n > 1 else f"{e.mean:.3f} (1 seed)"
+    mean, low, high = (format(number, shape) for number in (e.mean, e.low, e.high))
+    return f"{mean} [{low}, {high}]" if e.n > 1 else f"{mean} (1 seed)"
+
+
+def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, lowest and highest seed: a bar of `viz.plots.draw_bars`."""
+    return sum(values) / len(values), min(values), max(values)
 
 
 def _lead(study: Study) -> str:

@@ -32,7 +32,7 @@ from smearlens.experiments.evolution import times as took
 from smearlens.experiments.evolution.logs import PLAIN, TRACKED
 from smearlens.experiments.evolution.verdicts import judge
 from smearlens.experiments.grid import Cell, Task, run_grid
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.char_gpt import CharGPTConfig
 from smearlens.training.attention_tracking import AttentionTracking, GenerationTracking
 from smearlens.training.config import TrainConfig
@@ -73,9 +73,7 @@ class EvolutionConfig:
     data: str | None = None  # folder with enwik8/ and text8/; without it Shakespeare alone
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "d_model", "n_heads", "batch_size", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "steps", "d_model", "n_heads", "batch_size", "prompts")
         if self.steps < 12:
             raise ValueError(f"steps must be at least 12, to look 8 times, got {self.steps}")
         if self.length < 32:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smearlens.analysis.association import ENOUGH
-from smearlens.analysis.stats import over_seeds
 from smearlens.experiments.evolution.logs import (
     PLAIN,
     TRACKED,
@@ -202,13 +201,10 @@ def interventions_table(runs: Mapping[str, Runs]) -> Rows:
         for made in some[0]["interventions"]:
             if made == "none":
                 continue
-            cells = []
-            for quality in QUALITIES:
-                e = over_seeds([effect(m, made, quality=quality) for m in some])
-                cells.append(
-                    f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" if e.n > 1
-                    else f"{e.mean:+.3f} (1 seed)"
-                )  # fmt: skip
+            cells = [
+                estimate([effect(m, made, quality=quality) for m in some], "+.3f")
+                for quality in QUALITIES
+            ]
             rows.append([name, made, *cells])
     return rows
 

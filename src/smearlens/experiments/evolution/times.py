@@ -19,9 +19,8 @@ from torch import Tensor
 
 from smearlens._files import write_atomically
 from smearlens.experiments.evolution.logs import PLAIN, TRACKED, Numbers, rows_of
-from smearlens.experiments.grid import Cell
-from smearlens.models.families import load_model
-from smearlens.training.checkpoint import list_checkpoints
+from smearlens.experiments.grid import Cell, trained_model
+from smearlens.experiments.threads import one_thread
 
 SPACING = 500  # updates between two looks in the write-up
 ROUNDS = 5  # of the timing of generation
@@ -31,8 +30,7 @@ def times(cell: Cell, folder: Path) -> Numbers:
     """What the run took: seconds on the clock, CPU seconds of a look and an update, generation."""
     path = folder / "times.json"
     if not path.exists():
-        model = load_model(list_checkpoints(folder / "checkpoints")[-1]).eval()
-        write_atomically(path, json.dumps(_generation_speed(model)) + "\n")
+        write_atomically(path, json.dumps(_generation_speed(trained_model(folder))) + "\n")
     found = {
         "task": cell.task, "name": cell.name, "seed": cell.seed,
         "total_train_time": sum(row["seconds"] for row in rows_of(folder, "timing")),
@@ -63,9 +61,7 @@ def _generation_speed(model: Any) -> Numbers:
         kept.append(pattern.detach())
 
     seconds: dict[str, list[float]] = {"": [], "_tracked": []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(ROUNDS):
             for name, hooks in (("", []), ("_tracked", [(n, keep) for n in names])):
                 generator, started = torch.Generator().manual_seed(0), time.process_time()
@@ -73,8 +69,6 @@ def _generation_speed(model: Any) -> Numbers:
                     model.generate(prompt, count, generator=generator)
                 seconds[name].append(time.process_time() - started)
                 kept.clear()
-    finally:
-        torch.set_num_threads(threads)
     return {
         f"tokens_per_second{name}": count / statistics.median(each)
         for name, each in seconds.items()

@@ -26,6 +26,7 @@ from smearlens.experiments.evolution.logs import (
     pairs_shuffled,
 )
 from smearlens.experiments.evolution.samples import balanced_samples, sign
+from smearlens.experiments.rules import enough_seeds
 
 Runs = Sequence[dict[str, Any]]
 
@@ -57,9 +58,7 @@ def _enough(verdict: Verdict) -> Verdict:
     if number in (25, 27, 29) and n < ENOUGH:
         because = f"{n} seeds: fewer than {ENOUGH} show no correlation and no moment. "
         return replace(verdict, outcome="undecided", because=because + verdict.because)
-    if n < 2 and number not in (28, 30):
-        return replace(verdict, outcome="undecided", because="One seed proves nothing.")
-    return verdict
+    return verdict if number in (28, 30) else enough_seeds(verdict)
 
 
 # Claim 24 --------------------------------------------------------------------------------------

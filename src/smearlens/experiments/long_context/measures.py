@@ -1,6 +1,6 @@
 """What the study of long contexts measures: repeats by gap, loss by position, recall by distance.
 
-Leaves out the grid (`long_context`), verdicts and report.
+Leaves out the grid (`study`), verdicts and report.
 """
 
 from __future__ import annotations

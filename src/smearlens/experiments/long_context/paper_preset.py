@@ -22,6 +22,7 @@ from smearlens.data.batches import TokenBatches
 from smearlens.data.corpora import load_corpus
 from smearlens.data.synthetic import iid_tokens
 from smearlens.data.tokenizers import gpt2_tokenizer
+from smearlens.experiments.threads import one_thread
 from smearlens.models.base import HookedModel
 from smearlens.models.families import family
 from smearlens.training.config import TrainConfig
@@ -95,9 +96,7 @@ def _timed(model: Any, tokens: torch.Tensor, steps: int) -> tuple[float, float]:
     """Median CPU seconds of a gradient and of an optimiser step."""
     optimizer = adamw(model.train(), TrainConfig(steps=1))
     seconds: list[tuple[float, float]] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(steps + 1):
             optimizer.zero_grad()
             started = time.process_time()
@@ -105,7 +104,5 @@ def _timed(model: Any, tokens: torch.Tensor, steps: int) -> tuple[float, float]:
             middle = time.process_time()
             optimizer.step()
             seconds.append((middle - started, time.process_time() - middle))
-    finally:
-        torch.set_num_threads(threads)
     gradients, updates = zip(*seconds[1:], strict=True)
     return statistics.median(gradients), statistics.median(updates)

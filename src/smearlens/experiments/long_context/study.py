@@ -28,13 +28,13 @@ from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments.grid import Cell, Task, run_grid
 from smearlens.experiments.long_context import measures as measured
 from smearlens.experiments.long_context.paper_preset import paper_costs
-from smearlens.experiments.long_context.verdicts import HYBRID, LEARNED, STACK, judge
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.long_context.verdicts import HYBRID, LEARNED, REPEATS, STACK, judge
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.attn_attn import AttnAttnConfig
 from smearlens.models.conv_attn import ConvAttnConfig
 from smearlens.training.config import TrainConfig
 
-REPEATS, SHAKESPEARE, STORIES = "repeats", "tiny Shakespeare", "TinyStories"
+SHAKESPEARE, STORIES = "tiny Shakespeare", "TinyStories"
 D_VOCAB = 64  # of the repeats: half for blocks, half for what lies between them
 
 RECIPE = (
@@ -59,9 +59,7 @@ class LongContextConfig:
     data: str | None = None  # folder with tinystories/, or such a file; None: Shakespeare alone
 
     def __post_init__(self):
-        for name in ("seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "steps")
         if self.d_model % 32:
             raise ValueError(f"d_model must be a multiple of 32, got {self.d_model}")
         least = 2 * measured.FAR

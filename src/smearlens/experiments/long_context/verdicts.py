@@ -7,13 +7,13 @@ texts (`claims`) and the measures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from smearlens.analysis.stats import Estimate, bootstrap_interval, over_seeds, paired_over_seeds
 from smearlens.experiments.claims import Claim, Finding, Outcome, Verdict, claim
+from smearlens.experiments.rules import apply_rules, half_way
 
 Runs = Sequence[dict[str, Any]]
 
@@ -35,12 +35,7 @@ CLAIM = Claim(
 
 def judge(found: Runs) -> list[Verdict]:
     """The verdicts on the hybrid and on claims 10 and 11."""
-    n_seeds = len({m["seed"] for m in found})
-    verdicts = [rule(found) for rule in (holds_out, converges_faster, rare_and_far)]
-    verdicts = [replace(v, n_seeds=n_seeds) for v in verdicts]
-    if n_seeds > 1:
-        return verdicts
-    return [replace(v, outcome="undecided", because="One seed proves nothing.") for v in verdicts]
+    return apply_rules((holds_out, converges_faster, rare_and_far), found)
 
 
 def texts(found: Runs) -> list[str]:
@@ -123,7 +118,7 @@ def converges_faster(found: Runs) -> Verdict:
     for name in texts(found):
         conv, stack = (of(found, name, which) for which in (HYBRID, STACK))
         end = paired_over_seeds([m["val_loss"] for m in conv], [m["val_loss"] for m in stack])
-        early = paired_over_seeds(_half_way(conv), _half_way(stack))
+        early = paired_over_seeds(half_way(conv), half_way(stack))
         label = f"{name}, {HYBRID} minus {STACK} (nats)"
         findings += [Finding(f"{label}: at the end", end, causal=True),
                      Finding(f"{label}: half-way", early, causal=True)]  # fmt: skip
@@ -140,10 +135,6 @@ def converges_faster(found: Runs) -> Verdict:
         f"end in {sum(behind)}."
     )
     return Verdict(claim(10), outcome, because, tuple(findings))
-
-
-def _half_way(runs: Runs) -> list[float]:
-    return [m["curve"][len(m["curve"]) // 2]["loss"] for m in runs]
 
 
 def rare_and_far(found: Runs) -> Verdict:

@@ -27,7 +27,7 @@ from smearlens.experiments.pig_latin.task import (
     pair_task,
     stored_split,
 )
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.mamba import MambaConfig
 from smearlens.training.config import TrainConfig
 
@@ -55,9 +55,7 @@ class MambaPigLatinConfig:
     words: int | None = None  # take only so many words of each list
 
     def __post_init__(self):
-        for name in ("seeds", "epochs", "tuned_epochs", "large_epochs", "transformer_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "epochs", "tuned_epochs", "large_epochs", "transformer_epochs")
 
     def quick(self) -> MambaPigLatinConfig:
         """The same in two minutes: enough to see it work, too short to learn the task."""

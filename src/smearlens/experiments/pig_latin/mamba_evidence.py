@@ -31,7 +31,7 @@ WORDS = 256  # held-out words that the interventions are measured on
 FEW = 64  # of them, where every decay of every state is kept
 OFFSETS = (0, 1, 2, 4)  # tokens after [EOS] at which states are exchanged
 SHOWN = ("conditioning", "pleasure-grounds", "is")  # the words of the write-up
-MEMORY = ("bilinear", "kernel 4", "small", "small, kernel 16")  # cells that are intervened on
+MEMORY = ("small, kernel 16", "small", "bilinear", "kernel 4")  # cells that are intervened on
 
 
 def evidence(model: HookedModel, cell: Cell, *, split: PairSplit) -> dict[str, Any] | None:

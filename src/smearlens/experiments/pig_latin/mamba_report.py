@@ -1,7 +1,7 @@
 """The report of Mamba on Pig Latin: tables, curves, mistakes, where the word is kept, w_t and Δ.
 
 Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring and
-judging, and the parts it shares with the other study (`pig_latin_parts`).
+judging, and the parts it shares with the other study (`parts`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smearlens.experiments.pig_latin.mamba_evidence import MEMORY
 from smearlens.experiments.pig_latin.parts import (
     curve_part,
     list_part,
@@ -22,7 +23,6 @@ from smearlens.viz import plots
 from smearlens.viz.report import Part, Study, estimate, write_report
 from smearlens.viz.widgets import delta_strip
 
-MEMORY = ("small, kernel 16", "small", "bilinear", "kernel 4")
 W_T = "A = -1, selective"
 CURVES: dict[str, Sequence[str]] = {
     "discretisation": ("small/mamba rule", "small/zoh", "small/bilinear"),

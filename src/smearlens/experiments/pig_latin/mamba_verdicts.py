@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from smearlens.analysis.stats import Estimate, over_seeds
 from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
+from smearlens.experiments.pig_latin.mamba_evidence import MEMORY
 from smearlens.experiments.pig_latin.paired import Comparison, Runs, accuracy, compare, runs_of
-from smearlens.experiments.pig_latin.verdicts import judged
+from smearlens.experiments.pig_latin.verdicts import finding_of, judged
 
 WORTH = 0.02  # of the words: a smaller advantage is none
 EXACT = 1e-4  # of the largest state: error of a closed form in float32
@@ -21,7 +22,6 @@ FAILS = 0.5  # of the same: what leaves less does not
 
 FOLLOWS = "translation follows the states of another word put in at [EOS]"
 CUT = "convolution cut at [EOS]"
-MEMORY = ("small, kernel 16", "small", "bilinear", "kernel 4")
 
 
 def judge(found: Runs) -> list[Verdict]:
@@ -44,7 +44,7 @@ def bilinear_beats_hold(found: Runs) -> Verdict:
     hold = [compared[0], compared[2]]
     negative = [m["evidence"]["negative_decays"] for m in runs_of(found, "small/bilinear")]
     findings = (
-        *map(_of, compared),
+        *map(finding_of, compared),
         Finding("share of decays below 0, bilinear", over_seeds(negative), False),
     )
     outcome: Outcome = "undecided"
@@ -101,7 +101,7 @@ def constant_delta(found: Runs) -> Verdict:
     frozen = [m["evidence"]["frozen_delta"] for m in runs_of(found, "small/mamba rule")]
     lost = over_seeds([f["clean"] - f["frozen"] for f in frozen])
     findings = (
-        *map(_of, compared),
+        *map(finding_of, compared),
         Finding("words lost when Δ is frozen at its mean after training", lost, True),
     )
     both = [c.difference for c in compared[:2]]
@@ -205,7 +205,7 @@ def beats_transformer(found: Runs) -> Verdict:
     names = ("small/small", "small pairs/beast small", "large/large", "large pairs/beast small")
     findings = (
         *(Finding(f"held-out accuracy, {name}", accuracy(found, name), True) for name in names),
-        *map(_of, compared),
+        *map(finding_of, compared),
     )
     outcome: Outcome = "undecided"
     if all(c.clearly_better for c in compared):
@@ -225,14 +225,6 @@ def beats_transformer(found: Runs) -> Verdict:
         + ".",
     }[outcome]
     return Verdict(claim(23), outcome, because, findings)
-
-
-def _of(c: Comparison) -> Finding:
-    label = (
-        f"{c.a} minus {c.b}, fraction of the words ({c.better} words better, {c.worse} worse, "
-        f"Holm p = {c.p_holm:.2g})"
-    )
-    return Finding(label, c.difference, True)
 
 
 def _points(compared: Sequence[Comparison]) -> str:

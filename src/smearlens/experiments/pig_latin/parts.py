@@ -1,6 +1,6 @@
 """Parts that the reports of both Pig Latin studies share: tables, learning curves, mistakes, lists.
 
-Reads only plain numbers of a study. Leaves out what each study looks into (`pig_latin_report`,
+Reads only plain numbers of a study. Leaves out what each study looks into (`report`,
 `mamba_report`).
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from smearlens.experiments.pig_latin.paired import runs_of
 from smearlens.viz import plots
 from smearlens.viz.report import Part, Study, estimate
 
@@ -127,8 +128,8 @@ def curves_of(study: Study, name: str) -> list[list[dict[str, Any]]]:
 
 
 def runs(study: Study, name: str) -> list[dict[str, Any]]:
-    """The runs of `task/name`, in the order of the study."""
-    return [m for m in study["measures"] if f"{m['task']}/{m['name']}" == name]
+    """The runs of `task/name`, by seed; a ValueError if there is none."""
+    return [*runs_of(study["measures"], name)]
 
 
 def mistake_parts(study: Study, names: Sequence[str]) -> list[Part]:

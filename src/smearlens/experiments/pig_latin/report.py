@@ -1,7 +1,7 @@
 """The report of the transformer on Pig Latin: tables, curves, mistakes, heads, embeddings.
 
 Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring and
-judging, and the parts it shares with the other study (`pig_latin_parts`).
+judging, and the parts it shares with the other study (`parts`).
 """
 
 from __future__ import annotations

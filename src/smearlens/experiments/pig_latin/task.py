@@ -194,12 +194,3 @@ def pair_tensors(word: str, target: str) -> dict[str, torch.Tensor]:
         "target": torch.cat((start, translation))[None],
         "tokens": torch.cat((source, translation))[None],
     }
-
-
-def by_name(found: Sequence[dict[str, Any]], task: str = "small") -> dict[str, list[dict]]:
-    """The runs of every variant on one task, seed by seed, in the order of the grid."""
-    groups: dict[str, list[dict]] = {}
-    for m in found:
-        if m["task"] == task:
-            groups.setdefault(m["name"], []).append(m)
-    return groups

@@ -2,7 +2,7 @@
 
 Side variants differ in one thing from a base; the tuned models ("beasts") train longest. Leaves out
 the task (`task`), what is read from trained models (`evidence`), verdicts (`verdicts`), the report
-(`report`), and Mamba (`mamba_pig_latin`).
+(`report`), and Mamba (`mamba`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from smearlens.experiments.pig_latin.task import (
     stored_split,
 )
 from smearlens.experiments.pig_latin.verdicts import judge
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.seq2seq import Seq2SeqConfig
 from smearlens.training.config import TrainConfig
 
@@ -52,9 +52,7 @@ class PigLatinConfig:
     words: int | None = None  # take only so many words of the list
 
     def __post_init__(self):
-        for name in ("seeds", "epochs", "transformer_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "epochs", "transformer_epochs")
 
     def quick(self) -> PigLatinConfig:
         """The same in two minutes: enough to see it work, too short to learn the task."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from smearlens.analysis.stats import over_seeds
 from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
 from smearlens.experiments.pig_latin.paired import Comparison, Runs, accuracy, compare, runs_of
+from smearlens.experiments.rules import apply_rules, finding
 
 LEARNT = 0.3  # of the words: a base that gets less right says nothing of its variants
 PREVIOUS = 0.5  # weight on the token before from which a head is a previous-token head
@@ -35,13 +35,10 @@ def judge(found: Runs) -> list[Verdict]:
 
 def judged(rules: Sequence[Callable[[Runs], Verdict]], found: Runs, *, base: str) -> list[Verdict]:
     """Every rule applied; undecided with one seed, or where the base has not learnt the task."""
-    n_seeds = len({m["seed"] for m in found})
-    verdicts = [replace(rule(found), n_seeds=n_seeds) for rule in rules]
-    reason = "One seed proves nothing." if n_seeds == 1 else None
-    if (learnt := accuracy(found, base).mean) < LEARNT:
-        reason = f"Trained too briefly: the base gets {100 * learnt:.0f} % of the words right."
-    if reason is None:
+    verdicts = apply_rules(rules, found)
+    if (learnt := accuracy(found, base).mean) >= LEARNT:
         return verdicts
+    reason = f"Trained too briefly: the base gets {100 * learnt:.0f} % of the words right."
     return [replace(v, outcome="undecided", because=reason) for v in verdicts]
 
 
@@ -82,12 +79,13 @@ def _previous(found: Runs, name: str) -> list[Finding]:
         others.append(seen["keys"]["clean"] - sum(rest) / len(rest))
     apart = [x - y for x, y in zip(lost, others, strict=True)]
     return [
-        _finding(f"{name}: best previous-token score of an encoder head", best),
-        _finding(f"{name}: best cross-attention weight on the next character's source", aligned),
-        _finding(f"{name}: words lost with another word's previous tokens in the cross-attention "
-                 "keys, through that head", lost, causal=True),
-        _finding(f"{name}: the same through the other heads, mean", others, causal=True),
-        _finding(f"{name}: difference of the two", apart, causal=True),
+        finding(f"{name}: best previous-token score of an encoder head", best, causal=False),
+        finding(f"{name}: best cross-attention weight on the next character's source", aligned,
+                causal=False),
+        finding(f"{name}: words lost with another word's previous tokens in the cross-attention "
+                "keys, through that head", lost, causal=True),
+        finding(f"{name}: the same through the other heads, mean", others, causal=True),
+        finding(f"{name}: difference of the two", apart, causal=True),
     ]  # fmt: skip
 
 
@@ -100,11 +98,12 @@ def start_near_vowels(found: Runs) -> Verdict:
         starts = [s["start"] for s in seen]
         gain = [s["vowels"] - s["consonants"] for s in starts]
         findings += [
-            _finding(f"{name}: cosine of [SOS] to vowels minus consonants, in s.d. of chance", z),
-            _finding(f"{name}: first characters right with the mean vowel for [SOS] minus with "
-                     "consonants", gain, causal=True),
-            _finding(f"{name}: first characters right with no embedding of [SOS]",
-                     [s["nothing"] for s in starts], causal=True),
+            finding(f"{name}: cosine of [SOS] to vowels minus consonants, in s.d. of chance", z,
+                    causal=False),
+            finding(f"{name}: first characters right with the mean vowel for [SOS] minus with "
+                    "consonants", gain, causal=True),
+            finding(f"{name}: first characters right with no embedding of [SOS]",
+                    [s["nothing"] for s in starts], causal=True),
         ]  # fmt: skip
     z, gain = findings[0].estimate, findings[1].estimate
     outcome: Outcome = "undecided"
@@ -156,13 +155,7 @@ def positions(found: Runs) -> Verdict:
 def ranking(found: Runs) -> Verdict:
     """Claim 16: supported if every ranking holds, refuted if one is reversed."""
     compared = _compared(found, RANKING)
-    findings = tuple(
-        Finding(
-            f"{c.a} minus {c.b}, fraction of the words ({c.better} words better, {c.worse} worse, "
-            f"Holm p = {c.p_holm:.2g})", c.difference, True,
-        )
-        for c in compared
-    )  # fmt: skip
+    findings = tuple(map(finding_of, compared))
     reversed_ = [c for c in compared if c.clearly_worse]
     outcome: Outcome = "undecided"
     if all(c.clearly_better for c in compared):
@@ -187,5 +180,10 @@ def _compared(found: Runs, pairs: Sequence[tuple[str, str]]) -> list[Comparison]
     return [replace(c, a=a, b=b) for c, (a, b) in found_pairs]
 
 
-def _finding(label: str, values: Sequence[float], *, causal: bool = False) -> Finding:
-    return Finding(label, over_seeds(values), causal)
+def finding_of(c: Comparison) -> Finding:
+    """A comparison as a number behind a verdict, with its words and its corrected p."""
+    label = (
+        f"{c.a} minus {c.b}, fraction of the words ({c.better} words better, {c.worse} worse, "
+        f"Holm p = {c.p_holm:.2g})"
+    )
+    return Finding(label, c.difference, True)

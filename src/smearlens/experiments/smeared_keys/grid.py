@@ -12,6 +12,7 @@ from typing import Any
 from smearlens.data.tokenizers import gpt2_tokenizer
 from smearlens.experiments.grid import Cell
 from smearlens.experiments.smeared_keys.short import D_VOCAB, LENGTH, TEXT_LENGTH
+from smearlens.experiments.study import check_counts
 from smearlens.models.attn_attn import AttnAttnConfig
 from smearlens.models.conv_attn import ConvAttnConfig
 from smearlens.training.config import TrainConfig
@@ -40,12 +41,16 @@ class SmearedKeysConfig:
     data: str | None = None  # folder of WikiText-2 raw; None fetches it by name
 
     def __post_init__(self):
-        for name in (
-            "seeds", "text_seeds", "steps", "stack_steps", "text_steps", "wikitext_steps",
+        check_counts(
+            self,
+            "seeds",
+            "text_seeds",
+            "steps",
+            "stack_steps",
+            "text_steps",
+            "wikitext_steps",
             "wikitext_rows",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
         if self.norm_steps < 2:
             raise ValueError(f"norm_steps must be at least 2, got {self.norm_steps}")
         if not {3, 5} <= set(self.kernels) or min(self.kernels) < 1:

@@ -26,7 +26,7 @@ from smearlens.analysis.scores import Scores
 from smearlens.causal.ablate import Component, ablate, measure_with
 from smearlens.causal.lags import keep_lags, role_without_lags
 from smearlens.experiments.grid import Cell
-from smearlens.experiments.measures import ROLES
+from smearlens.experiments.measures import ROLES, with_patterns
 from smearlens.models.base import HookedModel
 from smearlens.models.families import family
 
@@ -39,10 +39,7 @@ def lean(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, Any]
 
     Same names as `experiments.measures`, without intervals over examples and random controls.
     """
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_pattern")
-        )
+    logits, cache = with_patterns(model, tokens)
     found: dict[str, Any] = {
         "accuracy": float(induction_accuracy(logits, tokens).mean()),
         "loss": float(induction_loss(logits, tokens).mean()),
@@ -81,10 +78,7 @@ def layers(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[dict[st
 
     The head is replaced by its mean output; the control does the same to other heads of the layer.
     """
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_pattern")
-        )
+    _, cache = with_patterns(model, tokens)
     found = {
         "induction": induction_score(cache, tokens),
         "duplicate_token": duplicate_token_score(cache, tokens),
@@ -114,10 +108,7 @@ def stripe_offsets(
     Where a convolution replaces the stream, a position carries its predecessors, and the head that
     does induction may look one or two tokens further on than the induction score expects.
     """
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_pattern")
-        )
+    _, cache = with_patterns(model, tokens)
     scores = prefix_matching_score(cache, tokens, offset=OFFSETS)
     return {str(offset): best(found) for offset, found in scores.items()}
 

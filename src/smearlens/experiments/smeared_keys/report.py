@@ -15,8 +15,9 @@ from smearlens.analysis.stats import over_seeds
 from smearlens.experiments.smeared_keys import tables
 from smearlens.experiments.smeared_keys.short_report import head_maps
 from smearlens.experiments.smeared_keys.tables import Runs, variants
+from smearlens.experiments.smeared_keys.text_verdicts import CONV
 from smearlens.viz import plots
-from smearlens.viz.report import Part, Study, write_report
+from smearlens.viz.report import Part, Study, mean_and_range, write_report
 
 ROLES = {"stream": "before attention", "q": "on Q alone", "k": "on K alone", "v": "on V alone"}
 CURVES = ("attention only", "smeared keys", "conv k=3", "conv k=5", "two layers", "four layers",
@@ -116,14 +117,14 @@ def draw_taps(figure: Any, study: Study) -> None:
     for task, end in pairs:
         runs = found[task, f"conv k=5, same padding{end}"]
         bars = {
-            f"removed: {tables.removed_taps(row['removed'])}": _bar(
+            f"removed: {tables.removed_taps(row['removed'])}": mean_and_range(
                 [m["future_taps"][i]["loss"] for m in runs]
             )
             for i, row in enumerate(runs[0]["future_taps"])
         }
         if task == "text":
             causal = [m["val_loss"] for m in found[task, f"conv k=5{end}"]]
-            bars["trained with causal padding"] = _bar(causal)
+            bars["trained with causal padding"] = mean_and_range(causal)
         groups[f"{tables.WHERE.get(task, task)}{end}"] = bars
     left, right = figure.subplots(1, 2)
     for ax, task in ((left, "tiny"), (right, "repeats")):
@@ -144,7 +145,7 @@ def draw_norms(figure: Any, study: Study) -> None:
         for colour, word in zip(plots.COLOURS, ("not clipped", "clipped"), strict=False):
             for i, run in enumerate(found[f"{setting}, {word}"]):
                 norms = run["gradient_norms"]
-                trace = norms["parameters"][tables.CONV]["trace"]
+                trace = norms["parameters"][CONV]["trace"]
                 label = word if i == 0 else None
                 ax.plot(norms["steps"], trace, color=colour, linewidth=0.9, label=label)
         ax.set(xlabel="updates", yscale="log")
@@ -269,7 +270,3 @@ def _accuracy(run: dict[str, Any]) -> float:
 
 def _induction(run: dict[str, Any]) -> float:
     return run["scores"]["induction"]["best"]["score"]
-
-
-def _bar(values: Sequence[float]) -> tuple[float, float, float]:
-    return sum(values) / len(values), min(values), max(values)

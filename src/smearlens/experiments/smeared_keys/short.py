@@ -20,7 +20,7 @@ from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments import measures
 from smearlens.experiments.grid import Cell, Task, run_grid
 from smearlens.experiments.smeared_keys.short_verdicts import judge
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.attn_attn import AttnAttnConfig
 from smearlens.models.base import HookedModel
 from smearlens.models.conv_attn import ConvAttnConfig
@@ -45,9 +45,7 @@ class CompareConfig:
     floor_steps: int = 200  # updates on independent tokens in each audit
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "text_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "steps", "text_steps")
         if self.d_model % 16:
             raise ValueError(f"d_model must be a multiple of 16, got {self.d_model}")
 
@@ -167,18 +165,15 @@ def tasks(config: CompareConfig) -> dict[str, Task]:
 
     def on_text(model: HookedModel, cell: Cell) -> dict[str, Any]:
         with torch.no_grad():
-            loss = float(model(windows, return_type="loss"))
+            loss = window_loss(model, windows)["loss"]
         return {"val_loss": loss, "audit": measures.audited(model, floor_steps=0)}
-
-    def text_curve(model: Any) -> dict[str, float]:
-        return {"loss": float(model(windows, return_type="loss"))}
 
     return {
         "repeats": Task(source(PERIODS), measures.repeats_curve(tokens), on_repeats),
         "fixed": Task(source(FIXED_PERIOD), measures.repeats_curve(fixed), on_fixed),
         "text": Task(
             lambda seed: TokenBatches(train_text, batch_size=32, length=TEXT_LENGTH, seed=seed),
-            text_curve,
+            partial(window_loss, windows=windows),
             on_text,
         ),
     }
@@ -194,6 +189,11 @@ def text_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     train, held_out = (load_corpus("tiny-shakespeare", s).text for s in ("train", "validation"))
     tokenizer = CharTokenizer(train + held_out)
     return tokenizer.encode(train), tokenizer.encode(held_out)
+
+
+def window_loss(model: Any, windows: torch.Tensor) -> dict[str, float]:
+    """Mean loss on windows of text [window pos], nats per token, for a learning curve."""
+    return {"loss": float(model(windows, return_type="loss"))}
 
 
 def _recipe(config: CompareConfig, steps: int, seed: int) -> TrainConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smearlens.viz import plots
-from smearlens.viz.report import Part, Study, estimate, write_report
+from smearlens.viz.report import Part, Study, estimate, mean_and_range, write_report
 
 ORDER = (
     "attention only", "conv k=3", "conv k=5", "smeared keys", "two layers", "two layers, narrow",
@@ -164,12 +164,14 @@ def draw_roles(figure: Any, study: Study) -> None:
         if runs[0]["smearing"] and runs[0]["audit"]["passed"]:
             without = [m["smearing"]["without_lags"] for m in runs]
             groups[name] = {
-                "intact": _bar([m["accuracy"] for m in runs]),
+                "intact": mean_and_range([m["accuracy"] for m in runs]),
                 **{
-                    f"without {role.upper()}'s lags": _bar([w[role]["accuracy"] for w in without])
+                    f"without {role.upper()}'s lags": mean_and_range(
+                        [w[role]["accuracy"] for w in without]
+                    )
                     for role in ("q", "k", "v")
                 },
-                "K moved at random": _bar([w["k"]["control_accuracy"] for w in without]),
+                "K moved at random": mean_and_range([w["k"]["control_accuracy"] for w in without]),
             }
     plots.draw_bars(figure.subplots(), groups, ylabel="accuracy on repeats (fraction)")
 
@@ -221,10 +223,6 @@ def _variants(study: Study, task: str) -> list[tuple[str, list[dict[str, Any]]]]
             found.setdefault(m["name"], []).append(m)
     rank = {name: i for i, name in enumerate(ORDER)}
     return sorted(found.items(), key=lambda item: rank.get(item[0], len(rank)))
-
-
-def _bar(values: Sequence[float]) -> tuple[float, float, float]:
-    return sum(values) / len(values), min(values), max(values)
 
 
 def _targets(tokens: Sequence[int]) -> list[tuple[int, int]]:

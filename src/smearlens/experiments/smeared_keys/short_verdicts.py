@@ -7,25 +7,21 @@ undecided when an interval straddles its threshold. Leaves out the claims' texts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from smearlens.analysis.stats import Estimate, over_seeds, paired_over_seeds
 from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
+from smearlens.experiments.rules import apply_rules, finding, half_way
 
 Measures = Sequence[dict[str, Any]]
 
 
 def judge(measures: Measures) -> list[Verdict]:
     """Verdicts on every claim that these measures can settle."""
-    n_seeds = len({m["seed"] for m in measures})
     rules = (
         padded_convolution, average_kernel, stripe_without_layers, too_sharp, converges_faster,
     )  # fmt: skip
-    verdicts = [replace(rule(measures), n_seeds=n_seeds) for rule in rules]
-    if n_seeds > 1:
-        return verdicts
-    return [replace(v, outcome="undecided", because="One seed proves nothing.") for v in verdicts]
+    return apply_rules(rules, measures)
 
 
 def padded_convolution(measures: Measures) -> Verdict:
@@ -166,12 +162,8 @@ def too_sharp(measures: Measures) -> Verdict:
 def converges_faster(measures: Measures) -> Verdict:
     """Claim 10: by the paired difference of the held-out loss, half-way and at the end."""
     conv, two = (runs_of(measures, "text", name) for name in ("conv k=3", "two layers"))
-
-    def half(runs: Measures) -> list[float]:
-        return [m["curve"][len(m["curve"]) // 2]["loss"] for m in runs]
-
     end = paired_over_seeds(values(conv, "val_loss"), values(two, "val_loss"))
-    early = paired_over_seeds(half(conv), half(two))
+    early = paired_over_seeds(half_way(conv), half_way(two))
     findings = (
         finding("held-out loss, convolution + 1 layer", values(conv, "val_loss"), causal=True),
         finding("held-out loss, 2 layers", values(two, "val_loss"), causal=True),
@@ -193,11 +185,6 @@ def converges_faster(measures: Measures) -> Verdict:
         "undecided": f"On tiny Shakespeare ({sizes}) the difference is within the seeds' noise.",
     }[outcome]
     return Verdict(claim(10), outcome, because, findings)
-
-
-def finding(label: str, values: Sequence[float], *, causal: bool) -> Finding:
-    """A number behind a verdict from its values in every run."""
-    return Finding(label, over_seeds(values), causal)
 
 
 def runs_of(measures: Measures, task: str, name: str) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from smearlens.experiments.smeared_keys.short import (
     TEXT_LENGTH,
     source,
     text_tokens,
+    window_loss,
 )
 from smearlens.experiments.smeared_keys.verdicts import judge
 from smearlens.experiments.study import open_study, write_result
@@ -86,7 +87,7 @@ def tasks(config: SmearedKeysConfig, *, wikitext: bool) -> dict[str, Task]:
     windows = held_out[: 128 * TEXT_LENGTH].view(128, TEXT_LENGTH)
     text: dict[str, Any] = {
         "data": lambda seed: TokenBatches(train_text, 32, TEXT_LENGTH, seed),
-        "evaluate": partial(_text_loss, windows=windows),
+        "evaluate": partial(window_loss, windows=windows),
         "measure": partial(_measure_text, windows=windows),
     }
     found = {
@@ -156,14 +157,10 @@ def _measure_repeats(
     return found
 
 
-def _text_loss(model: Any, *, windows: torch.Tensor) -> dict[str, float]:
-    return {"loss": float(model(windows, return_type="loss"))}
-
-
 @torch.no_grad()
 def _measure_text(model: HookedModel, cell: Cell, *, windows: torch.Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "val_loss": _text_loss(model, windows=windows)["loss"],
+        "val_loss": window_loss(model, windows)["loss"],
         "kernel": smeared_keys_measures.kernel_from_start(model, cell),
     }
     if cell.task == "text":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from smearlens.analysis.stats import paired_over_seeds
+from smearlens.experiments.rules import half_way
+from smearlens.experiments.smeared_keys.text_verdicts import CONV
 from smearlens.viz.report import Study, estimate
 
 Runs = list[dict[str, Any]]
@@ -94,10 +95,9 @@ def text_table(study: Study) -> Rows:
         "accuracy, pads counted", "audit",
     ]]  # fmt: skip
     for (task, name), runs in variants(study, *WHERE).items():
-        half = [m["curve"][len(m["curve"]) // 2]["loss"] for m in runs]
         key = "loss" if "loss" in runs[0] else "val_loss"
         rows.append([
-            WHERE[task], name, f"{runs[0]['n_parameters']:,}", estimate(half),
+            WHERE[task], name, f"{runs[0]['n_parameters']:,}", estimate(half_way(runs)),
             estimate([m[key] for m in runs]),
             *(estimate([m[k] for m in runs]) if k in runs[0] else ""
               for k in ("accuracy", "accuracy_with_pads")),
@@ -196,15 +196,12 @@ def clipping_table(study: Study) -> Rows:
         if name.endswith(", not clipped"):
             setting = name.removesuffix(", not clipped")
             clipped = found[task, f"{setting}, clipped"]
-            losses = [[m["val_loss"] for m in group] for group in (clipped, runs)]
-            gap = paired_over_seeds(losses[0], losses[1])
-            rows.append([setting, f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"])
+            pairs = zip(clipped, runs, strict=True)
+            gaps = [m["val_loss"] - free["val_loss"] for m, free in pairs]
+            rows.append([setting, estimate(gaps, "+.4f")])
     return rows
 
 
 def removed_taps(removed: list[int]) -> str:
     """Lags as offsets, the way the write-up counts them: lag -2 is +2."""
     return " and ".join(f"{-lag:+d}" for lag in removed) or "none"
-
-
-CONV = "blocks.0.conv.weight"

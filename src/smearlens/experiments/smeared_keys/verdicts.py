@@ -12,11 +12,10 @@ from dataclasses import replace
 
 from smearlens.analysis.stats import paired_over_seeds
 from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
-from smearlens.experiments.smeared_keys import short_verdicts as verdicts
-from smearlens.experiments.smeared_keys import text_verdicts
+from smearlens.experiments.rules import enough_seeds, finding
+from smearlens.experiments.smeared_keys import short_verdicts, text_verdicts
 from smearlens.experiments.smeared_keys.short_verdicts import (
     Measures,
-    finding,
     runs_of,
     values,
     without_lags,
@@ -35,24 +34,19 @@ def judge(measures: Measures, padding: Mapping[str, Mapping[str, float]]) -> lis
     repeats = len({m["seed"] for m in measures if m["task"] == "repeats"})
     texts = len({m["seed"] for m in measures if m["task"] == "text"})
     found = [
-        replace(verdicts.padded_convolution(measures), n_seeds=texts),
+        replace(short_verdicts.padded_convolution(measures), n_seeds=texts),
         replace(text_verdicts.start_accuracy(measures, padding), n_seeds=texts),
         replace(text_verdicts.last_token(measures), n_seeds=texts),
         replace(first_layer(measures), n_seeds=repeats),
         replace(kernel_range(measures), n_seeds=repeats),
-        replace(verdicts.average_kernel(measures), n_seeds=repeats),
+        replace(short_verdicts.average_kernel(measures), n_seeds=repeats),
         replace(future_tap(measures), n_seeds=texts),
         replace(stripe(measures), n_seeds=repeats),
         replace(kernel_sizes(measures), n_seeds=repeats),
         replace(text_verdicts.converges_faster(measures), n_seeds=texts),
         replace(text_verdicts.gradients_explode(measures), n_seeds=texts),
     ]
-    return [
-        replace(v, outcome="undecided", because="One seed proves nothing.")
-        if v.findings and v.n_seeds < 2
-        else v
-        for v in found
-    ]
+    return [enough_seeds(v) if v.findings else v for v in found]
 
 
 def first_layer(measures: Measures) -> Verdict:
@@ -189,7 +183,7 @@ def future_tap(measures: Measures) -> Verdict:
 
 def stripe(measures: Measures) -> Verdict:
     """Claim 8: the rule of the short form, with the write-ups' bare stack beside it."""
-    verdict = verdicts.stripe_without_layers(measures)
+    verdict = short_verdicts.stripe_without_layers(measures)
     bare = runs_of(measures, "repeats", "conv k=3, bare")
 
     def at(offset: int) -> list[float]:
@@ -215,7 +209,7 @@ def stripe(measures: Measures) -> Verdict:
 
 def kernel_sizes(measures: Measures) -> Verdict:
     """Claim 9: the rule of the short form, with every kernel size of the sweep beside it."""
-    verdict = verdicts.too_sharp(measures)
+    verdict = short_verdicts.too_sharp(measures)
     stream = [m for m in measures if m["task"] == "repeats" and m["config"].get("residual")]
     stream = [m for m in stream if m["config"].get("conv_on") == "stream"]
     sweep = []

@@ -25,7 +25,7 @@ from smearlens.experiments import measures
 from smearlens.experiments.claims import Claim, Finding, Outcome, Verdict, claim
 from smearlens.experiments.grid import Cell, Task, run_grid
 from smearlens.experiments.state_space.mamba_measures import measure
-from smearlens.experiments.study import open_study, write_result
+from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.mamba import MambaConfig
 from smearlens.training.config import TrainConfig
 
@@ -64,9 +64,7 @@ class MambaInductionConfig:
     deep_lr: float = 5e-3  # its highest learning rate
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "deep_steps", "d_model", "d_state"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "steps", "deep_steps", "d_model", "d_state")
 
     def quick(self) -> MambaInductionConfig:
         """The same in two minutes: enough to see it work, too short to learn the task."""

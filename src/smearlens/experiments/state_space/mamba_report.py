@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smearlens.analysis.stats import over_seeds, paired_over_seeds
+from smearlens.analysis.stats import over_seeds
+from smearlens.experiments.state_space.mamba_induction import LEARNED
 from smearlens.viz import plots
-from smearlens.viz.report import Part, Study, estimate, write_report
+from smearlens.viz.report import Part, Study, estimate, mean_and_range, write_report
 
-LEARNED = 0.5  # accuracy above which a run counts as having learned the task
 ROLE_NAMES = {
     "u": "u (value)", "B": "B (key)", "C": "C (question)", "delta": "Δ",
     "u+B+C+delta": "all four",
@@ -73,20 +73,19 @@ def rules_table(study: Study) -> list[list[str]]:
     rows = [["discretisation", "accuracy", "negative Ā", "minus mamba", "minus zoh"]]
     rules = _rules(study)
     for rule, runs in rules.items():
-        accuracy = [m["accuracy"] for m in runs]
         differences = [
-            "" if rule == base else _difference(accuracy, [m["accuracy"] for m in rules[base]])
-            for base in ("mamba", "zoh")
+            "" if rule == base else _difference(runs, rules[base]) for base in ("mamba", "zoh")
         ]
         rows.append([
-            rule, estimate(accuracy), estimate([m["negative_decays"] for m in runs]), *differences,
+            rule, estimate([m["accuracy"] for m in runs]),
+            estimate([m["negative_decays"] for m in runs]), *differences,
         ])  # fmt: skip
     return rows
 
 
-def _difference(a: Sequence[float], b: Sequence[float]) -> str:
-    e = paired_over_seeds(a, b)
-    return f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" if e.n > 1 else f"{e.mean:+.3f} (1 seed)"
+def _difference(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> str:
+    pairs = zip(runs, base, strict=True)
+    return estimate([m["accuracy"] - b["accuracy"] for m, b in pairs], "+.3f")
 
 
 # Figures ---------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def draw_accuracy(figure: Any, study: Study) -> None:
     """Accuracy of every variant, a bar with the range of its seeds."""
     figure.set_size_inches(10, 3.2)
     groups = {
-        name.replace(", ", "\n"): {"accuracy": _range([m["accuracy"] for m in runs])}
+        name.replace(", ", "\n"): {"accuracy": mean_and_range([m["accuracy"] for m in runs])}
         for name, runs in _variants(study).items()
     }
     ax = figure.subplots()
@@ -123,9 +122,9 @@ def draw_roles(figure: Any, study: Study) -> None:
     figure.set_size_inches(10, 3.2)
     groups = {
         name.replace(", ", "\n"): {
-            "intact": _range([m["accuracy"] for m in runs]),
+            "intact": mean_and_range([m["accuracy"] for m in runs]),
             **{
-                f"without {label}": _range([m["without_lags"][role] for m in runs])
+                f"without {label}": mean_and_range([m["without_lags"][role] for m in runs])
                 for role, label in ROLE_NAMES.items()
             },
         }
@@ -140,7 +139,7 @@ def draw_exchange(figure: Any, study: Study) -> None:
     for ax, whose in zip(figure.subplots(1, 2, sharey=True), ("other", "own"), strict=True):
         groups = {
             name: {
-                label: _range([m["exchanged_lags"][role][whose] for m in runs])
+                label: mean_and_range([m["exchanged_lags"][role][whose] for m in runs])
                 for role, label in ROLE_NAMES.items()
             }
             for name, runs in _smearing(study).items()
@@ -162,7 +161,7 @@ def draw_rules(figure: Any, study: Study) -> None:
     left.set(ylabel="accuracy on repeats (fraction)")
     left.legend(frameon=False, fontsize=8)
     shares = {
-        rule: {"share": _range([m["negative_decays"] for m in runs])}
+        rule: {"share": mean_and_range([m["negative_decays"] for m in runs])}
         for rule, runs in rules.items()
     }
     plots.draw_bars(right, shares, ylabel="share of negative Ā")
@@ -227,7 +226,3 @@ def _rules(study: Study) -> dict[str, list[dict[str, Any]]]:
         for name, runs in _variants(study).items()
         if name.startswith(first)
     }
-
-
-def _range(values: Sequence[float]) -> tuple[float, float, float]:
-    return sum(values) / len(values), min(values), max(values)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smearlens.experiments.threads import one_thread
 from smearlens.nn.scan import selective_scan, selective_scan_plain
 from smearlens.nn.scan_variants import linear_scan
 
@@ -114,10 +115,8 @@ def times(
     that is expected to take more than `PATIENCE` seconds is left out of that length and longer ones
     (`ms` is None).
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows, last = [], {}  # seconds at the length before
-    try:
+    with one_thread():
         for passes in ("forward", "both"):
             for length in lengths:
                 tensors = inputs(length, channels, d_state)
@@ -131,8 +130,6 @@ def times(
                     | _summary(measured.get(name), measured[BASE])
                     for name in SCANS
                 ]
-    finally:
-        torch.set_num_threads(threads)
     return rows
 
 
