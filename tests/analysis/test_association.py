@@ -147,6 +147,21 @@ def test_units_are_resampled_whole(rng):
     assert (few.low, few.high) == (-1, 1)
 
 
+def test_the_interval_over_units_is_that_of_a_bootstrap_of_whole_units(rng):
+    """Units of 2, 3 and 5 unlike observations that share much: a draw takes all of each."""
+    sizes = np.array([2, 3, 5] * 4)
+    units = np.repeat(np.arange(12), sizes)
+    x, y = (rng.standard_normal(12)[units] + 0.5 * rng.standard_normal(40) for _ in range(2))
+    found = partial_correlation(x, y, units=units.tolist())
+    draws, peer = np.random.default_rng(8), []
+    for _ in range(2000):
+        rows = [i for unit in draws.integers(12, size=12) for i in range(40) if units[i] == unit]
+        peer.append(np.corrcoef(x[rows], y[rows])[0, 1])
+    low, high = np.quantile(peer, [0.025, 0.975])
+    assert found.n == 12
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06)
+
+
 @pytest.mark.parametrize("where", [700, 2600, 4100])
 def test_a_jump_is_found_between_its_checkpoints(where, rng):
     series = np.where(where < EVEN, 3.0, 1.0) + 0.05 * rng.standard_normal((4, 21))

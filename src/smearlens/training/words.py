@@ -19,6 +19,7 @@ from smearlens.analysis.behaviour import per_token_loss
 from smearlens.analysis.stats import proportion_interval
 from smearlens.data.pig_latin import Pair, PigLatinVocabulary
 from smearlens.models.base import HookedModel
+from smearlens.training.randomness import observing
 
 OVERTIME = 4  # tokens a translation may run on after the longest right one, to be shown
 UNENDED = "…"  # stands behind a translation without an end
@@ -76,7 +77,6 @@ class WordScores:
         return proportion_interval(self.right, self.total, level)
 
 
-@torch.no_grad()
 def score_words(
     model: HookedModel,
     pairs: Sequence[Pair],
@@ -105,9 +105,7 @@ def score_words(
         )
     score = _score_pair if layout == "pair" else _score_joined
     answers, nats, characters = [""] * len(pairs), 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with observing(model):
         for rows in _equal_lengths(pairs, batch_size):
             source, target = _encode([pairs[i] for i in rows], next(model.parameters()).device)
             losses, counted, written = score(model, source, target)
@@ -115,8 +113,6 @@ def score_words(
             characters += int(counted.sum())
             for i, tokens in zip(rows, written, strict=True):
                 answers[i] = _read(tokens)
-    finally:
-        model.train(training)
     return WordScores(tuple(pairs), tuple(answers), nats, characters)
 
 
