@@ -4,7 +4,7 @@
 # make docs    the documentation, every output computed: site/index.html
 # make docs-check  build it, then look at every page and report in a headless Chromium
 # make docs-smoke  build it with ProperDocs and Zensical too, in environments of their own
-# make bench   speed and memory as ratios in one process
+# make bench   speed, memory and growth beside named peers: results/benchmarks/result.json
 # make stress  kill training at random moments and compare every byte
 # Each installs into .venv first if that is missing or older than the project's own files.
 
@@ -44,6 +44,7 @@ docs-smoke: docs
 	$(BIN)/python docs/smoke_builds.py
 
 bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
 
 stress: .venv/installed

@@ -9,15 +9,11 @@ process; errors are against a dense float64 pattern.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from timing import Row, compare, report, row
+from children import GIVING_BACK, call, peak_rise
+from timing import ERROR, MB, Row, compare, report, row
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +25,13 @@ STATISTICS_BAR = 1.3  # of one fused forward
 MEMORY_BAR = 128  # MB, at 32768 tokens
 EXPLICIT_BAR = 2.0  # of the fused core, forward + backward
 UNHOOKED_BAR = 1.05  # of the same layer written without hook points
+STATISTICS_WHY = (
+    "the statistics take an exponential and two products more per entry than the output"
+)
+HOOKS_WHY = "six hook points are called, each a module call"
+EXPLICIT_WHY = (
+    "scores and pattern exist in memory and pass their hooks; unhooked, the core is fused"
+)
 CORE = (32, 8, 256, 64)  # batch, head, pos, d_head
 
 
@@ -54,7 +57,7 @@ def statistics_rows(shape: tuple[int, ...], *, causal: bool) -> Iterator[Row]:
     kind = "causal" if causal else "full"
     for name, run in subjects.items():
         title = f"{name} / fused forward, {kind}"
-        yield compare(title, shape, run, fused, STATISTICS_BAR, rounds=5)
+        yield compare(title, shape, run, fused, STATISTICS_BAR, rounds=5, why=STATISTICS_WHY)
 
 
 def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> Iterator[Row]:
@@ -67,34 +70,21 @@ def accuracy_rows(shape: tuple[int, ...] = (1, 2, 2048, 64)) -> Iterator[Row]:
     entropy = -torch.special.xlogy(pattern, pattern).sum(-1)
     distance = (pattern * lag.abs()).sum(-1)
     error = float((found.entropy - entropy).abs().max())
-    yield row("entropy, largest error in nats", shape, error, 2e-5)
+    yield row("entropy, largest error in nats", shape, error, 2e-5, unit=ERROR)
     error = float((found.distance - distance).abs().max()) / length
-    yield row("mean distance, largest error / pos", shape, error, 1e-6)
+    yield row("mean distance, largest error / pos", shape, error, 1e-6, unit=ERROR)
 
 
 def memory_rows(shape: tuple[int, ...] = (1, 2, 32768, 64)) -> Iterator[Row]:
-    command = [sys.executable, __file__, "--peak", *map(str, shape)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    yield row("row_statistics, rise of the peak in MB", shape, float(run.stdout), MEMORY_BAR)
+    rise = call(peak_of_statistics, *shape, environment=GIVING_BACK)
+    yield row("row_statistics, rise of the peak", shape, rise, MEMORY_BAR, unit=MB)
 
 
-def print_peak_rise(shape: tuple[int, ...]) -> None:
+def peak_of_statistics(*shape: int) -> float:
     """What the child process of `memory_rows` does."""
     q, k, _ = random_qkv(*shape)
     row_statistics(q[:, :, :256], k[:, :, :256], causal=True)  # libraries load what they load
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _resident("VmHWM")
-    row_statistics(q, k, causal=True)
-    print(_resident("VmHWM") - before)
-
-
-def _resident(field: str) -> float:
-    """MB of this process."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+    return peak_rise(lambda: row_statistics(q, k, causal=True))
 
 
 def core_rows() -> Iterator[Row]:
@@ -120,9 +110,9 @@ def core_rows() -> Iterator[Row]:
 
     name = "explicit core, read by hooks / fused, forward + backward"
     sides = (lambda: gradients(explicit)), (lambda: gradients(fused))
-    yield compare(name, CORE, *sides, EXPLICIT_BAR)
+    yield compare(name, CORE, *sides, EXPLICIT_BAR, why=EXPLICIT_WHY)
     error = float((explicit() - fused()).detach().abs().max())
-    yield row("explicit core, largest difference from fused", CORE, error, 1e-6)
+    yield row("explicit core, largest difference from fused", CORE, error, 1e-6, unit=ERROR)
 
 
 def layer_rows() -> Iterator[Row]:
@@ -143,7 +133,7 @@ def layer_rows() -> Iterator[Row]:
 
     name = "Attention, nothing hooked / the same without hook points, forward + backward"
     sides = [lambda f=f: torch.autograd.grad(f(x), leaves, dy) for f in (layer, bare)]
-    yield compare(name, CORE, *sides, UNHOOKED_BAR, rounds=15)
+    yield compare(name, CORE, *sides, UNHOOKED_BAR, rounds=15, why=HOOKS_WHY)
 
 
 def rows() -> Iterator[Row]:
@@ -161,7 +151,4 @@ def main() -> list[Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        print_peak_rise(tuple(map(int, sys.argv[2:])))
-    else:
-        main()
+    main()

@@ -2,89 +2,64 @@
 
     python benchmarks/bench_char_gpt.py
 
-A training step is forward, backward and the same fused AdamW on both sides; no dropout. The peer of
-generation is a loop that runs the whole context again for each token, that of the streamed loss the
-plain one, that of tracking a number of training steps.
+A training step is forward, backward and the same fused AdamW on both sides; no dropout. The peers
+of generation are a loop that runs the whole context again for each token, and GPT-2 with its cache;
+that of the streamed loss is the plain one, that of tracking a number of training steps.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+from peers import gpt2, recomputed, stepper
 from timing import Row, compare, report
-from torch import Tensor, nn
+from torch import Tensor
 
-from smearlens import TrainConfig
 from smearlens.data.synthetic import repeated_tokens
-from smearlens.models.char_gpt import CharGPT, CharGPTConfig
+from smearlens.models.char_gpt import CharGPT
 from smearlens.nn.large_vocab import plain_loss, streamed_loss
 from smearlens.training.attention_tracking import AttentionTracking
-from smearlens.training.update import adamw
 
 STEP_BARS = {"cpu": 1 / 1.25, "shakespeare": 1 / 1.1}  # time of a step, as a fraction of GPT-2's
 GENERATION_BAR = 1 / 5  # of a loop that runs the whole context again
 STREAMED_BAR = 0.8  # of the loss with all its logits
-BATCH = {"cpu": 12, "shakespeare": 2}
+BATCH = 12  # sequences in a step
+LENGTH = 256  # of a generated text
 D_VOCAB = 50257  # of GPT-2's tokenizer
-
-
-def gpt2(config: CharGPTConfig) -> nn.Module:
-    """Hugging Face's GPT-2 of these sizes, with its fused attention."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    sizes = transformers.GPT2Config(
-        vocab_size=config.d_vocab, n_embd=config.d_model, n_head=config.n_heads,
-        n_layer=config.n_layers, n_positions=config.n_ctx, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(sizes)
-
-
-def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """One training step."""
-    optimizer = adamw(model.train(), TrainConfig(steps=1, weight_decay=0.1))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return step
 
 
 def step_rows() -> Iterator[Row]:
     for name, bar in STEP_BARS.items():
         model = CharGPT.from_preset(name, dropout=0.0)
         config, peer = model.config, gpt2(model.config)
-        tokens = torch.randint(config.d_vocab, (BATCH[name], config.n_ctx))
+        tokens = torch.randint(config.d_vocab, (BATCH, config.n_ctx))
         ours = stepper(model, lambda m=model, t=tokens: m(t, return_type="loss"))
         theirs = stepper(peer, lambda m=peer, t=tokens: m(t, labels=t).loss)
         shape = (*tokens.shape, config.d_model, config.n_layers)
         yield compare(f"training step / GPT2LMHeadModel, {name}", shape, ours, theirs, bar)
 
 
-@torch.no_grad()
-def recomputed(model: CharGPT, tokens: Tensor, count: int) -> Tensor:
-    """Greedy continuation without caches."""
-    for _ in range(count):
-        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), 1)
-    return tokens
-
-
 def generation_rows() -> Iterator[Row]:
-    model = CharGPT.from_preset("shakespeare").eval()
     prompt = torch.zeros(1, 1, dtype=torch.int64)
-    yield compare(
-        "generation of 255 tokens / running the context again, shakespeare",
-        (1, 256),
-        lambda: model.generate(prompt, 255, temperature=0),
-        lambda: recomputed(model, prompt, 255),
-        GENERATION_BAR,
-        rounds=3,
-    )
+    for name in STEP_BARS:
+        model = CharGPT.from_preset(name, n_ctx=LENGTH).eval()
+        peer = gpt2(model.config).eval()
+        options = {"max_new_tokens": LENGTH - 1, "min_new_tokens": LENGTH - 1, "do_sample": False}
+        peers = {
+            "running the context again": (lambda m=model: recomputed(m, prompt, LENGTH - 1)),
+            "GPT2LMHeadModel.generate": (lambda m=peer, o=options: m.generate(prompt, **o)),
+        }
+        shape = (1, LENGTH, model.config.d_model, model.config.n_layers)
+
+        def ours(model: CharGPT = model) -> Tensor:
+            return model.generate(prompt, LENGTH - 1, temperature=0)
+
+        for other, run in peers.items():
+            bar = GENERATION_BAR if other.startswith("running") else 1.0
+            title = f"generation / {other}, {name}"
+            yield compare(title, shape, ours, run, bar, rounds=5)
 
 
 def loss_rows() -> Iterator[Row]:
@@ -104,7 +79,7 @@ def loss_rows() -> Iterator[Row]:
         )  # fmt: skip
 
 
-def tracking_rows(batch: int = 12, n_steps: int = 10) -> Iterator[Row]:
+def tracking_rows(batch: int = BATCH, n_steps: int = 10) -> Iterator[Row]:
     """One look at the model beside the steps that make 2 % of the 500 between two looks."""
     model = CharGPT.from_preset("cpu")
     generator = torch.Generator().manual_seed(0)

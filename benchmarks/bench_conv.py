@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from timing import Row, compare, report, row
+from timing import ERROR, Row, compare, report, row
 from torch import Tensor, nn
 
 from smearlens.nn.conv import depthwise_conv
@@ -66,7 +66,7 @@ def rows() -> Iterator[Row]:
         yield compare("conv / nn.Conv1d, forward + backward", shape, *sides, BAR)
         with torch.no_grad():
             yield compare("conv / nn.Conv1d, forward", shape, pair.ours, pair.theirs, 1)
-        yield row("largest relative difference", shape, pair.error(), TOLERANCE)
+        yield row("largest relative difference", shape, pair.error(), TOLERANCE, unit=ERROR)
 
 
 def main() -> list[Row]:

@@ -10,17 +10,15 @@ rises, each side in a fresh process.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from statistics import median
 
 import torch
-from timing import Row, compare, report, row
+from children import GIVING_BACK, call, peak_rise
+from timing import ERROR, MB, MEMORY, Row, report, row, tenths
 
 from smearlens import attention_entropy, attention_span, induction_score, prev_token_score
 from smearlens.adapters.bridge import bridge_mixings
@@ -30,7 +28,8 @@ CHANNELS, STATES = 64, 16
 LENGTHS = (256, 512)
 LONG = (4096, 16384)
 BARS = {"matrix": 20, "row sums of |M|": 20, "previous-token diagonal": 500}  # times faster
-MEMORY_BAR = 64e6  # bytes, of row statistics, at any length
+MEMORY_BAR = 64  # MB, of row statistics, at any length
+ROUNDS = 3  # of the peer, which takes seconds
 
 
 def setting(length: int):
@@ -38,7 +37,7 @@ def setting(length: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+        from peers import bridge as around
 
         torch.manual_seed(0)
         config = transformers.MambaConfig(
@@ -46,9 +45,7 @@ def setting(length: int):
             pad_token_id=0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         model = transformers.MambaForCausalLM(config).eval()
-        bridge = build_bridge_from_module(
-            model, "MambaForCausalLM", hf_config=config, tokenizer=None, device="cpu"
-        )
+        bridge = around(model, "MambaForCausalLM")
         _, cache = bridge.run_with_cache(torch.randint(50, (1, length)))
     projected = cache["blocks.0.mixer.x_proj.hook_out"]
     mixer = bridge.blocks[0].mixer
@@ -81,28 +78,51 @@ def sides(length: int) -> tuple[dict[str, Callable[[], object]], Callable[[], to
 
 def against_peer(length: int) -> list[Row]:
     """Time and memory of each of ours over the peer's, and how far the matrices differ."""
-    shape = (1, length, CHANNELS, STATES)
+    shape, name = (1, length, CHANNELS, STATES), "compute_effective_attention"
     ours, peer = sides(length)
-    name = "compute_effective_attention"
-    rows = [
-        compare(f"{what} / {name}", shape, run, peer, 1 / BARS[what], rounds=3)
-        for what, run in ours.items()
-    ]
     theirs, found = peer(), ours["matrix"]()
+    ratios = _take_turns(ours, peer)
+    rows = [
+        row(f"{what} / {name}", shape, median(r), 1 / BARS[what], **tenths(r))
+        for what, r in ratios.items()
+    ]
     error = float((found - theirs).abs().max() / theirs.abs().max())
-    rows.append(row(f"matrix, difference from {name}", shape, error, 1e-5))
-    weight = memory("peer", length)
+    rows.append(row(f"matrix, difference from {name}", shape, error, 1e-5, unit=ERROR))
+    weight = call(peak_of, "peer", length, environment=GIVING_BACK)
     for what in ours:
-        ratio = memory(what, length) / weight
-        rows.append(row(f"{what} / {name}, memory", shape, ratio, 1 / 14))
+        ratio = call(peak_of, what, length, environment=GIVING_BACK) / weight
+        rows.append(row(f"{what} / {name}", shape, ratio, 1 / 14, unit=MEMORY))
     return rows
 
 
+def _take_turns(
+    ours: dict[str, Callable[[], object]], peer: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Processor time of each of ours over that of the one call of the peer in the same round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {what: [] for what in ours}
+    for _ in range(ROUNDS):
+        theirs = _seconds(peer, 1)
+        for what, run in ours.items():
+            repeats = 20 if what.endswith("diagonal") else 3
+            found[what].append(_seconds(run, repeats) / theirs)
+    torch.set_num_threads(threads)
+    return found
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> float:
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - start) / repeats
+
+
 def long_context(length: int) -> list[Row]:
-    """Memory of the scores of one layer, as a share of what is allowed."""
+    """Memory of the scores of one layer."""
     shape = (1, length, CHANNELS, STATES)
     return [
-        row(f"{what} / 64 MB", shape, memory(what, length) / MEMORY_BAR, 1)
+        row(what, shape, call(peak_of, what, length, environment=GIVING_BACK), MEMORY_BAR, unit=MB)
         for what in (SCORES if length < 10_000 else ["row sums of |M|"])
     ]
 
@@ -124,34 +144,17 @@ SCORES: dict[str, Callable[[SSMMixing, torch.Tensor], object]] = {
 }
 
 
-def memory(what: str, length: int) -> float:
-    """Rise of the resident size in bytes, in a process of its own that gives freed pages back."""
-    command = [sys.executable, __file__, "--memory", what, str(length)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _weigh(what: str, length: int) -> None:
+def peak_of(what: str, length: int) -> float:
+    """MB by which the peak rises, in a process of its own."""
     if what in SCORES or length in LONG:
         mixing, small, tokens = _long(length), _long(64), torch.randint(50, (1, length))
         score = SCORES.get(what, lambda mixing, tokens: [
             rows.abs_().sum(-1) for part in mixing.parts() for _, _, rows in part.blocks()
         ])  # fmt: skip
         score(small, tokens[:, :64])
-        run = lambda: score(mixing, tokens)  # noqa: E731
-    else:
-        ours, peer = sides(length)
-        run = {**ours, "peer": peer}[what]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    run()
-    print(json.dumps(_resident("VmHWM") - before))
-
-
-def _resident(kind: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{kind}:")[1].split()[0]) * 1024
+        return peak_rise(lambda: score(mixing, tokens))
+    ours, peer = sides(length)
+    return peak_rise({**ours, "peer": peer}[what])
 
 
 def main(*, fast: bool = False) -> list[Row]:
@@ -165,11 +168,4 @@ def main(*, fast: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="256 positions, no long context")
-    parser.add_argument("--memory", nargs=2, metavar=("WHAT", "LENGTH"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.memory:
-        _weigh(given.memory[0], int(given.memory[1]))
-    else:
-        main(fast=given.fast)
+    main(fast="--fast" in sys.argv[1:])

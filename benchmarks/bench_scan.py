@@ -17,19 +17,17 @@ pays, and user time alone, which leaves out the system's work for fresh pages on
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from statistics import median, quantiles
+from statistics import median
 
 import torch
-from timing import Row, compare, report, row
+from children import call
+from timing import ERROR, Row, compare, report, row, tenths
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import generic_associative_scan
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
@@ -41,6 +39,10 @@ FLOOR_SHAPES = [(8, 256, 128, 16), (4, 1024, 256, 16), (1, 4096, 256, 16)]
 FLOOR_BARS = {"mamba": (6, 32), "zoh": (12, 60), "bilinear": (9, 50)}  # forward, both passes
 PEER_SHAPES = [(8, 256, 128, 16), (128, 40, 128, 16), (4, 1024, 256, 16)]
 TOLERANCE = 3e-6
+FLOOR_WHY = (
+    "the floor is one exponential per state and step; a scan also multiplies, adds and reads"
+)
+LONG = 5.0  # seconds: a peer that takes longer is timed once, at its first call
 
 
 def inputs(shape: Shape) -> list[Tensor]:
@@ -141,9 +143,9 @@ def _best(
     """Best of 9 over best of 9: what the kernel can do; the spread is what neighbours cost it."""
     ours()
     times = [(_seconds(ours), _seconds(floor)) for _ in range(9)]
-    tenths = quantiles([mine / theirs for mine, theirs in times], n=10, method="inclusive")
+    spread = tenths([mine / theirs for mine, theirs in times])
     mine, theirs = (min(column) for column in zip(*times, strict=True))
-    return row(f"{name}, best", shape, mine / theirs, bar, low=tenths[0], high=tenths[-1])
+    return row(f"{name}, best", shape, mine / theirs, bar, **spread, why=FLOOR_WHY)
 
 
 def against_peers(shape: Shape, index: int, *, slow: bool) -> list[Row]:
@@ -155,7 +157,9 @@ def against_peers(shape: Shape, index: int, *, slow: bool) -> list[Row]:
         name = f"scan / {peer.__name__}, forward + backward"
         sides = [_gradients(scan, tensors, weight) for scan in (ours, peer)]
         rows.append(compare(name, shape, *sides, 1 / times[index], rounds=5))
-        rows.append(row(f"difference from {peer.__name__}", shape, _error(*sides), TOLERANCE))
+        rows.append(
+            row(f"difference from {peer.__name__}", shape, _error(*sides), TOLERANCE, unit=ERROR)
+        )
     for peer in SLOW if slow else ():
         rows += in_own_process(peer, index)
     return rows
@@ -177,11 +181,7 @@ def _error(
 
 def in_own_process(peer: Scan, index: int) -> list[Row]:
     """Both rows of a peer that keeps every state; a fresh process, malloc as it is by default."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    command = [sys.executable, __file__, "--peer", peer.__name__, str(index)]
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    rounds = json.loads(done.stdout.splitlines()[-1])
+    rounds = call(alternate, peer.__name__, index, environment={})
     times, rows = SLOW[peer][index], []
     # The bar holds for all processor time: page faults of fresh tensors are part of what a step of
     # the peer costs, in each step. User time alone is shown beside it and must only be shorter.
@@ -193,14 +193,17 @@ def in_own_process(peer: Scan, index: int) -> list[Row]:
     return rows
 
 
-def _alternate(name: str, index: int) -> None:
-    """Print the times of ours and of the peer, five rounds after the first; fewer if it is slow."""
-    torch.set_num_threads(1)
+def alternate(name: str, index: int) -> list[list[dict[str, float]]]:
+    """Times of ours and of the peer, three rounds after the first; that one alone if it is slow."""
     shape, peer = PEER_SHAPES[index], next(scan for scan in SLOW if scan.__name__ == name)
-    sides = [_gradients(scan, inputs(shape), torch.randn(shape[:3])) for scan in (ours, peer)]
-    first = [_times(side) for side in sides]
-    count = 5 if first[1]["all processor time"] < 10 else 1
-    print(json.dumps([[_times(side) for side in sides] for _ in range(count)]))
+    mine, theirs = (
+        _gradients(scan, inputs(shape), torch.randn(shape[:3])) for scan in (ours, peer)
+    )
+    mine()
+    first = [_times(mine), _times(theirs)]
+    if first[1]["all processor time"] > LONG:
+        return [first]
+    return [[_times(mine), _times(theirs)] for _ in range(3)]
 
 
 def _times(run: Callable[[], object]) -> dict[str, float]:
@@ -232,11 +235,4 @@ def main(*, fast: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="one shape, no peer that takes long")
-    parser.add_argument("--peer", nargs=2, metavar=("NAME", "SHAPE"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peer:
-        _alternate(given.peer[0], int(given.peer[1]))
-    else:
-        main(fast=given.fast)
+    main(fast="--fast" in sys.argv[1:])

@@ -9,10 +9,11 @@ dropout: torch's layers have it at other places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
+from peers import recomputed, stepper
 from timing import Row, compare, report
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,9 @@ from smearlens.nn import attention
 
 STEP_BAR = 1.1  # of the step of torch's layers
 SHORT_BAR = 1.05  # of a layer with the fused core, at the lengths of words
+STEP_WHY = "every intermediate passes a hook point, and so does each of the attention's two inputs"
+CORE_WHY = "the explicit core is taken for both numbers of heads, and wins where heads are narrow"
+BATCH_TRANSLATED = 16
 PRESETS = ("base", "beast-small", "beast-large")
 
 
@@ -52,32 +56,32 @@ class TorchSeq2Seq(nn.Module):
         self, source: Tensor, target: Tensor, source_mask: Tensor, loss_mask: Tensor
     ) -> Tensor:
         """Mean loss of the next tokens that count."""
-        x, y = (
-            embed(tokens) + table[: tokens.shape[1]]
-            for embed, tokens, table in zip(
-                self.embeds, (source, target), self.positions, strict=True
-            )
-        )
-        ahead = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
         hidden = torch.zeros(source.shape).masked_fill(~source_mask, -torch.inf)
-        memory = self.encoder(x, src_key_padding_mask=hidden)
+        logits = self.decode(target, self.encode(source, hidden), hidden)
+        targets = target[:, 1:].masked_fill(~loss_mask[:, 1:], -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+
+    def encode(self, source: Tensor, hidden: Tensor) -> Tensor:
+        """What the decoder reads; `hidden` is -inf where a source token is padding."""
+        x = self.embeds[0](source) + self.positions[0, : source.shape[1]]
+        return self.encoder(x, src_key_padding_mask=hidden)
+
+    def decode(self, target: Tensor, memory: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [batch pos d_vocab]."""
+        y = self.embeds[1](target) + self.positions[1, : target.shape[1]]
+        ahead = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
         z = self.decoder(
             y, memory, tgt_mask=ahead, tgt_is_causal=True, memory_key_padding_mask=hidden
         )
-        targets = target[:, 1:].masked_fill(~loss_mask[:, 1:], -100)
-        return F.cross_entropy(self.unembed(z)[:, :-1].flatten(0, 1), targets.flatten())
+        return self.unembed(z)
 
-
-def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """One update of `model`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-
-    def run() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    @torch.no_grad()
+    def translate(self, source: Tensor, source_mask: Tensor, length: int) -> Tensor:
+        """Greedy, as torch's layers allow: without caches, the source read once."""
+        hidden = torch.zeros(source.shape).masked_fill(~source_mask, -torch.inf)
+        memory = self.encode(source, hidden)
+        start = torch.zeros(len(source), 1, dtype=torch.int64)
+        return recomputed(lambda tokens: self.decode(tokens, memory, hidden), start, length)
 
 
 def rows() -> Iterator[Row]:
@@ -88,11 +92,23 @@ def rows() -> Iterator[Row]:
     for preset in PRESETS:
         ours = Seq2Seq.from_preset(preset, dropout=0.0)
         theirs = TorchSeq2Seq(ours.config)
-        mine = step(ours, lambda ours=ours: ours(**batch, return_type="loss"))
-        peer = step(theirs, lambda theirs=theirs: theirs(**batch))
-        yield compare(f"step of {preset} / torch's layers", shape, mine, peer, STEP_BAR, rounds=15)
+        mine = stepper(ours, lambda ours=ours: ours(**batch, return_type="loss"))
+        peer = stepper(theirs, lambda theirs=theirs: theirs(**batch))
+        name = f"training step of {preset} / torch's layers"
+        yield compare(name, shape, mine, peer, STEP_BAR, rounds=15, why=STEP_WHY)
+    yield translation_row(ours, theirs, batch)
     for n_heads in (4, 8):
         yield core_row(n_heads, shape)
+
+
+def translation_row(ours: Seq2Seq, theirs: TorchSeq2Seq, batch: dict[str, Tensor]) -> Row:
+    """Translations as long as `n_ctx` allows: random weights never write the end."""
+    given = batch["source"][:BATCH_TRANSLATED], batch["source_mask"][:BATCH_TRANSLATED]
+    length = ours.translate(given[0], source_mask=given[1]).shape[1]
+    ours.eval(), theirs.eval()
+    mine = lambda: ours.translate(given[0], source_mask=given[1], max_new_tokens=length)  # noqa: E731
+    peer = lambda: theirs.translate(*given, length)  # noqa: E731
+    return compare("translation / torch's layers", (BATCH_TRANSLATED, length), mine, peer)
 
 
 def core_row(n_heads: int, shape: tuple[int, int, int]) -> Row:
@@ -112,7 +128,7 @@ def core_row(n_heads: int, shape: tuple[int, int, int]) -> Row:
 
     name = f"attention, {n_heads} heads: explicit core / fused core, forward + backward"
     sides = (lambda: gradients(attention.SHORT)), (lambda: gradients(0))
-    return compare(name, shape, *sides, SHORT_BAR, rounds=15)
+    return compare(name, shape, *sides, SHORT_BAR, rounds=15, why=CORE_WHY)
 
 
 def main() -> list[Row]:

@@ -10,15 +10,11 @@ fraction of 500 training steps at the recipe of 4 layers of 4 heads, 128 wide, 1
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from timing import Row, compare, report, row
+from children import GIVING_BACK, call, resident
+from timing import MB, Row, compare, report, row
 from torch import nn
 
 from smearlens.data.synthetic import repeated_tokens
@@ -72,29 +68,23 @@ def time_row() -> Row:
             optimiser.zero_grad()
 
     found = compare("", sizes, look(metric, model), train, TIME_BAR * EVERY / TIMED)
-    share = {key: float(found[key]) * TIMED / EVERY for key in ("ratio", "low", "high", "wall")}
+    share = {key: float(found[key]) * TIMED / EVERY for key in ("value", "low", "high", "wall")}
     name = f"one look / {EVERY} training steps"
     return found | share | {"name": name, "bar": TIME_BAR}
 
 
 def memory_row(length: int = 8192) -> Row:
     sizes = (6, 6, 384, length)
-    command = [sys.executable, __file__, "--peak", *map(str, sizes)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return row(
-        "peak of a process that tracks everything, in MB", sizes, float(run.stdout), MEMORY_BAR
-    )
+    peak = call(peak_of_tracking, *sizes, environment=GIVING_BACK)
+    return row("peak of a process that tracks everything", sizes, peak, MEMORY_BAR, unit=MB)
 
 
-def print_peak(sizes: tuple[int, int, int, int]) -> None:
+def peak_of_tracking(*sizes: int) -> float:
     """What the child process of `memory_row` does."""
-    model = build(*sizes)
-    look(tracking(sizes, 1), model)()
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found is not None
-    print(int(found[1]) / 1024)
+    n_layers, n_heads, d_model, length = sizes
+    model = build(n_layers, n_heads, d_model, length)
+    look(tracking((n_layers, n_heads, d_model, length), 1), model)()
+    return resident("VmHWM")
 
 
 def rows() -> Iterator[Row]:
@@ -108,8 +98,4 @@ def main() -> list[Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        layers, heads, width, length = map(int, sys.argv[2:])
-        print_peak((layers, heads, width, length))
-    else:
-        main()
+    main()

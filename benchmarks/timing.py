@@ -7,6 +7,7 @@ threads is shown beside it: that is what a user waits for, and means little on a
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,11 @@ from statistics import median, quantiles
 
 import torch
 
-Row = dict[str, str | float | bool]
+Row = dict[str, str | float | bool | list[float] | None]
+
+TIME, MEMORY, MB, ERROR, EXPONENT = "time", "memory", "MB", "difference", "exponent"  # units
+BUDGET = 2.0  # seconds of processor time after which a comparison has rounds enough
+LEAST = 3  # rounds, however long they take
 
 
 def compare(
@@ -22,21 +27,32 @@ def compare(
     shape: tuple[int, ...],
     subject: Callable[[], object],
     peer: Callable[[], object],
-    bar: float,
+    bar: float | None = 1.0,
     *,
     rounds: int = 9,
+    why: str = "",
 ) -> Row:
-    """Time `subject` as a fraction of `peer`, which must stay below `bar`."""
+    """Time `subject` as a fraction of `peer`, which must stay below `bar`, if there is one.
+
+    `why` says what makes the subject the slower side, where it is.
+    """
     threads = torch.get_num_threads()
-    wall = _ratios(subject, peer, 5, time.perf_counter)
+    wall = _ratios(subject, peer, 5, time.perf_counter, least=1, budget=BUDGET / 4)
     torch.set_num_threads(1)
     try:
-        ratios = _ratios(subject, peer, rounds, time.process_time)
+        ratios = _ratios(subject, peer, rounds, time.process_time, least=LEAST, budget=BUDGET)
     finally:
         torch.set_num_threads(threads)
-    tenths = quantiles(ratios, n=10, method="inclusive")
-    found = row(name, shape, median(ratios), bar, low=tenths[0], high=tenths[-1])
+    found = row(name, shape, median(ratios), bar, **tenths(ratios), why=why)
     return found | {"wall": median(wall), "threads": threads, "load": os.getloadavg()[0]}
+
+
+def tenths(ratios: list[float]) -> dict[str, float]:
+    """The 10th and the 90th percentile, as `row` takes them."""
+    if len(ratios) < 2:
+        return {"low": ratios[0], "high": ratios[0]}
+    cuts = quantiles(ratios, n=10, method="inclusive")
+    return {"low": cuts[0], "high": cuts[-1]}
 
 
 def _ratios(
@@ -44,29 +60,42 @@ def _ratios(
     peer: Callable[[], object],
     rounds: int,
     clock: Callable[[], float],
+    *,
+    least: int,
+    budget: float,
 ) -> list[float]:
     subject()
-    peer()
-    repeats = max(1, min(200, int(0.03 / max(1e-6, _time(peer, 1, clock)))))
-    pairs = [[_time(run, repeats, clock) for run in (subject, peer)] for _ in range(rounds)]
-    return [mine / theirs for mine, theirs in pairs]
+    once = _time(peer, 1, clock)
+    if once < 0.03:  # the first call also paid for what it loaded
+        once = _time(peer, 1, clock)
+    repeats = max(1, min(200, int(0.03 / max(1e-6, once))))
+    ratios: list[float] = []
+    start = time.process_time()
+    while len(ratios) < rounds:
+        if len(ratios) >= least and time.process_time() - start > budget:
+            break
+        mine, theirs = (_time(run, repeats, clock) for run in (subject, peer))
+        ratios.append(mine / theirs)
+    return ratios
 
 
 def row(
     name: str,
     shape: tuple[int, ...],
-    ratio: float,
-    bar: float,
+    value: float,
+    bar: float | None,
     *,
     low: float | None = None,
     high: float | None = None,
+    unit: str = TIME,
+    why: str = "",
 ) -> Row:
     """A result; something measured once has no spread."""
-    low, high = (ratio if edge is None else edge for edge in (low, high))
-    ok = ratio <= bar
+    low, high = (value if edge is None else edge for edge in (low, high))
+    ok = math.isfinite(value) and (bar is None or value <= bar)
     return {
-        "name": name, "shape": str(shape), "ratio": ratio, "low": low, "high": high, "bar": bar,
-        "ok": ok,
+        "name": name, "shape": str(shape), "value": value, "low": low, "high": high, "bar": bar,
+        "ok": ok, "unit": unit, "why": why,
     }  # fmt: skip
 
 
@@ -77,10 +106,10 @@ def report(rows: Iterable[Row]) -> list[Row]:
     for r in rows:
         spread = f"[{r['low']:.3g}, {r['high']:.3g}]" if r["low"] != r["high"] else ""
         wall = f"{r['wall']:.2f} x{r['threads']} @{r['load']:.1f}" if "wall" in r else ""
-        verdict = "ok" if r["ok"] else "ABOVE"
+        bar = "no bar" if r["bar"] is None else f"bar {r['bar']:.3g}"
         print(
-            f"{verdict:5} {r['ratio']:8.3g} {spread:16} bar {r['bar']:<7.3g} {wall:14} "
-            f"{r['name']} {r['shape']}",
+            f"{'ok' if r['ok'] else 'ABOVE':5} {r['value']:8.3g} {spread:16} {bar:11} {wall:14} "
+            f"{r['name']} {r['shape']} ({r['unit']})",
             flush=True,
         )
         done.append(r)
