@@ -5,6 +5,7 @@
 # make docs-check  build it, then look at every page and report in a headless Chromium
 # make docs-smoke  build it with ProperDocs and Zensical too, in environments of their own
 # make bench   speed, memory and growth beside named peers: results/benchmarks/result.json
+# make mutation  how many small mistakes in analysis, nn and causal the tests notice
 # make stress  kill training at random moments and compare every byte
 # Each installs into .venv first if that is missing or older than the project's own files.
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check format lint types docs docs-check docs-smoke bench stress clean
+.PHONY: demo test check format lint types docs docs-check docs-smoke bench mutation stress clean
 
 demo: .venv/installed
 	$(BIN)/smearlens compare --out runs/compare
@@ -46,6 +47,9 @@ docs-smoke: docs
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
+
+mutation: .venv/installed
+	$(TORCH_THREADS) $(BIN)/python benchmarks/mutation.py --sample 200 --seed 2 --name fresh
 
 stress: .venv/installed
 	$(BIN)/python benchmarks/stress_resume.py --kills 10 ConvAttn AttnAttn Mamba

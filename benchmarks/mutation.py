@@ -1,0 +1,425 @@
+"""How many small wrong versions of `analysis`, `nn` and `causal` the tests notice: `make mutation`.
+
+Draws changes at random (`benchmarks/mutants.py` says of which kinds), in proportion to the size of
+the modules. Tests are collected once; each change is tried in a forked copy of that process, where
+the code of the one function is exchanged and the tests that run the changed lines are called,
+cheapest first, until one fails. Shape checks of the annotations are on, as in every test run. A
+change that no test reaches has survived; one that takes ten times the time of its tests is noticed.
+
+What was measured stays in the work folder: a run that was stopped goes on, and `--again` tries only
+what survived. `--name` puts the figures into `results/mutation/result.json`. Changes that make no
+difference are listed in `results/mutation/accepted.json` with the reason, one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import importlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import sys
+import time
+import types
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutants import Mutant, functions_of, mutants_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src"
+RESULTS = ROOT / "results" / "mutation"
+PACKAGES = ("analysis", "nn", "causal")
+TESTS = [f"tests/{name}" for name in (*PACKAGES, "properties")]
+TESTS += [f"src/smearlens/{name}" for name in PACKAGES]
+HEAVY = ("scipy.stats", "scipy.optimize", "pandas", "sacrebleu.metrics.bleu")  # loaded before forks
+AT_MOST = 25.0  # processor seconds of tests for one change, the cheapest first
+NOTICED = ("killed", "timeout")
+
+
+def read_sources() -> dict[str, bytes]:
+    """Every module of the packages, by path."""
+    files = [f for name in PACKAGES for f in sorted((SOURCES / "smearlens" / name).rglob("*.py"))]
+    return {str(file.relative_to(SOURCES)): file.read_bytes() for file in files}
+
+
+def drawn(count: int, seed: int, sources: dict[str, bytes]) -> list[Mutant]:
+    """`count` changes, from each module in proportion, in random order: a part is a sample too."""
+    every = {path: mutants_of(path, source) for path, source in sources.items()}
+    rng, total = random.Random(seed), sum(map(len, every.values()))
+    shares = {path: count * len(found) / total for path, found in every.items()}
+    sizes = {path: int(share) for path, share in shares.items()}
+    rest = sorted(shares, key=lambda path: sizes[path] - shares[path])
+    for path in rest[: count - sum(sizes.values())]:
+        sizes[path] += 1
+    chosen = [m for path in every for m in rng.sample(every[path], sizes[path])]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def sample_of(count: int, seed: int, sources: dict[str, bytes], work: Path) -> list[Mutant]:
+    """The changes drawn when the work folder first saw this seed, as far as they still exist."""
+    file = work / f"sample-{seed}-{count}.json"
+    if not file.exists():
+        file.write_text(json.dumps([m.key for m in drawn(count, seed, sources)], indent=0))
+    every = {m.key: m for path, text in sources.items() for m in mutants_of(path, text)}
+    keys = json.loads(file.read_text())
+    gone = [key for key in keys if key not in every]
+    print(f"{len(gone)} changes drawn before are of code that is no more", *gone, sep="\n  ")
+    return [every[key] for key in keys if key in every]
+
+
+class Forked:
+    """In the place of pytest's loop over the tests: every run is in a copy of this process."""
+
+    def __init__(
+        self, work: Path, sources: dict[str, bytes], mutants: list[Mutant], seconds: float
+    ):
+        self.work, self.sources, self.mutants, self.seconds = work, sources, mutants, seconds
+        self.failed: list[str] = []
+
+    def pytest_configure(self, config: Any) -> None:
+        """A failed property need not be made small."""
+        from hypothesis import Phase, settings
+
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutation", settings.get_profile("gate"), phases=phases)
+        settings.load_profile("mutation")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        for name in (*HEAVY, *map(_module, self.sources)):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+        self.live = _functions()
+        began = time.process_time()
+        runs = Coverage(self.work / "coverage.jsonl", self).measured()
+        log = self.work / "outcomes.jsonl"
+        for number, mutant in enumerate(self.mutants):
+            used = time.process_time() - began + _children()
+            if used > self.seconds:
+                print(f"stopped after {used:.0f} processor seconds", flush=True)
+                break
+            outcome = self.tried(mutant, runs)
+            with log.open("a") as file:
+                file.write(json.dumps({"key": mutant.key, "line": mutant.line, **outcome}) + "\n")
+            print(number, outcome["outcome"], mutant.key, outcome.get("by", ""), flush=True)
+        return True
+
+    def tried(self, mutant: Mutant, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What becomes of one change."""
+        lines, place = set(range(mutant.first, mutant.last + 1)), f"{mutant.path}:{mutant.function}"
+        reach = [n for n, run in runs.items() if lines & set(run["lines"].get(place, ()))]
+        reach.sort(key=lambda nodeid: runs[nodeid]["seconds"])
+        chosen, seconds = [], 0.0
+        for nodeid in reach:
+            seconds += runs[nodeid]["seconds"]
+            if chosen and seconds > AT_MOST:
+                break
+            chosen.append(nodeid)
+        if not chosen:
+            return {"outcome": "survived", "tests": 0}
+        limit = 10 * min(seconds, AT_MOST) + 10
+
+        def child() -> dict[str, Any]:
+            if not self.exchange(mutant):
+                return {"outcome": "not applied"}
+            for nodeid, then in zip(chosen, [*chosen[1:], None], strict=True):
+                self.call(nodeid, then)
+                if self.failed:
+                    return {"outcome": "killed", "by": nodeid}
+            return {"outcome": "survived"}
+
+        found = forked(child, limit)
+        return {"tests": len(chosen)} | ({"outcome": "timeout"} if found is None else found)
+
+    def call(self, nodeid: str, then: str | None) -> None:
+        """Run one test as pytest does, warnings as errors included."""
+        item = self.items[nodeid]
+        following = None if then is None else self.items[then]
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+    def exchange(self, mutant: Mutant) -> bool:
+        """Give every live function of the module the code of its changed version."""
+        module, file = sys.modules[_module(mutant.path)], str(SOURCES / mutant.path)
+        loader: Any = module.__spec__.loader  # the one that adds shape checks
+        new = _codes(loader.source_to_code(mutant.applied(self.sources[mutant.path]), file))
+        done = False
+        for name, functions in self.live[file].items():
+            if name == mutant.function or name.startswith(f"{mutant.function}.<locals>"):
+                for function in functions:
+                    with contextlib.suppress(KeyError, ValueError):  # it captures something else
+                        function.__code__ = new[name]
+                        done = True
+        return done
+
+
+class Coverage:
+    """Which lines of which functions each test runs, and for how long.
+
+    Kept in a file; it stands until the file of the test or one of these functions changes.
+    """
+
+    def __init__(self, log: Path, loop: Forked):
+        self.log, self.loop = log, loop
+        self.places = {path: functions_of(text) for path, text in loop.sources.items()}
+        self.tests = {file: _digest((ROOT / file).read_bytes()) for file in map(_file, loop.items)}
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """By test; tests that fail without any change are left out, and named."""
+        known = self.known()
+        todo = [nodeid for nodeid in self.loop.items if nodeid not in known]
+        print(f"{len(known)} tests measured before, {len(todo)} to measure", flush=True)
+        for start in range(0, len(todo), 40):
+            forked(lambda part=todo[start : start + 40]: self.run(part), 3600)
+        known = self.known()
+        for test in set(self.loop.items) - set(known):
+            print(f"fails without any change: {test}", flush=True)
+        return known
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """What is in the file and stands."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        runs = {run["test"]: run for run in map(json.loads, lines)}
+        return {test: run for test, run in runs.items() if self.stands(test, run)}
+
+    def stands(self, test: str, run: dict[str, Any]) -> bool:
+        """Whether the test passed, and neither it nor what it runs has changed since."""
+        if test not in self.loop.items or run["file"] != self.tests[_file(test)]:
+            return False
+        return run["passed"] and all(self.digest(f) == old for f, old in run["digests"].items())
+
+    def run(self, nodeids: list[str]) -> dict[str, Any]:
+        import coverage
+
+        include = [f"{SOURCES}/smearlens/{name}/*" for name in PACKAGES]
+        for nodeid, then in zip(nodeids, [*nodeids[1:], None], strict=True):
+            self.loop.failed.clear()
+            tracer = coverage.Coverage(data_file=None, config_file=False, include=include)
+            began = time.process_time()
+            tracer.start()
+            self.loop.call(nodeid, then)
+            tracer.stop()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                data = tracer.get_data()
+            lines: dict[str, list[int]] = defaultdict(list)
+            for file in data.measured_files():
+                path = str(Path(file).relative_to(SOURCES))
+                for name, (first, last) in self.places[path].items():
+                    inside = [n - first for n in data.lines(file) or () if first < n <= last]
+                    if inside:
+                        lines[f"{path}:{name}"] = sorted(inside)
+            run = {
+                "test": nodeid, "passed": not self.loop.failed, "lines": lines,
+                "seconds": time.process_time() - began, "file": self.tests[_file(nodeid)],
+                "digests": {place: self.digest(place) for place in lines},
+            }  # fmt: skip
+            with self.log.open("a") as log:
+                log.write(json.dumps(run) + "\n")
+        return {}
+
+    def digest(self, place: str) -> str:
+        """Of the text of a function."""
+        path, _, name = place.partition(":")
+        first, last = self.places.get(path, {}).get(name, (1, 0))
+        lines = self.loop.sources.get(path, b"").splitlines()
+        return _digest(b"\n".join(lines[first - 1 : last]))
+
+
+def forked(work: Any, seconds: float) -> dict[str, Any] | None:
+    """What `work` returns in a copy of this process; None if it takes longer, or dies."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with contextlib.suppress(BaseException):
+            _be_quiet()
+            used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+            resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1,) * 2)
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 3 * 2**30,) * 2)
+            os.write(writer, json.dumps(work()).encode())
+        os._exit(0)
+    os.close(writer)
+    answer = b""
+    deadline = time.monotonic() + 40 * seconds + 60  # on a busy machine; a sleeper uses no time
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([reader], [], [], left)[0]:
+            continue
+        piece = os.read(reader, 2**16)
+        if not piece:
+            break
+        answer += piece
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else None
+
+
+def _be_quiet() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    for thing in gc.get_objects():
+        if type(thing).__name__ == "TerminalReporter":
+            thing._tw._file = os.fdopen(nowhere, "w")
+
+
+def _children() -> float:
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _functions() -> dict[str, dict[str, list[types.FunctionType]]]:
+    """Every live function of the package, by file and dotted name."""
+    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    gc.unfreeze()
+    for thing in gc.get_objects():
+        if type(thing) is types.FunctionType:  # others may answer isinstance with a warning
+            file = thing.__code__.co_filename
+            if file.startswith(str(SOURCES)):
+                found[file][thing.__code__.co_qualname].append(thing)
+    gc.freeze()
+    return found
+
+
+def _codes(code: types.CodeType) -> dict[str, types.CodeType]:
+    """Code of every function inside, by dotted name."""
+    found = {}
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            found[const.co_qualname] = const
+            found.update(_codes(const))
+    return found
+
+
+def outcomes(work: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every outcome of each change, the oldest first."""
+    found = defaultdict(list)
+    log = work / "outcomes.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        found[entry["key"]].append(entry)
+    return found
+
+
+def accepted() -> dict[str, str]:
+    """Changes that make no difference, with the reason."""
+    file = RESULTS / "accepted.json"
+    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+
+
+def score(found: list[tuple[Mutant, dict[str, Any]]], reasons: dict[str, str]) -> dict[str, Any]:
+    """Noticed of all that make a difference, with the exact binomial interval."""
+    from smearlens.analysis.stats import proportion_interval
+
+    counted = [(m, o) for m, o in found if o["outcome"] in NOTICED or m.key not in reasons]
+    noticed = sum(o["outcome"] in NOTICED for _, o in counted)
+    if not counted:
+        return {"tried": len(found)}
+    low, high = proportion_interval(noticed, len(counted))
+    return {
+        "tried": len(found), "accepted": len(found) - len(counted), "noticed": noticed,
+        "score": noticed / len(counted), "low": low, "high": high,
+        "raw": noticed / len(found),
+    }  # fmt: skip
+
+
+def summary(sample: list[Mutant], work: Path, seed: int, which: int) -> dict[str, Any]:
+    """One sample in figures; `which` is 0 for first outcomes and -1 for last ones."""
+    log, reasons = outcomes(work), accepted()
+    found = [(m, log[m.key][which]) for m in sample if m.key in log]
+    found = [(m, o) for m, o in found if o["outcome"] != "not applied"]
+    parts = {
+        name: score(part, reasons)
+        for name in PACKAGES
+        if (part := [(m, o) for m, o in found if m.path.split("/")[1] == name])
+    }
+    survivors = [
+        {"where": f"{m.path}:{m.line}", "function": m.function, "operator": m.operator,
+         "change": f"{m.before} -> {m.after}", "accepted": reasons.get(m.key)}
+        for m, o in sorted(found, key=lambda pair: (pair[0].path, pair[0].line))
+        if o["outcome"] not in NOTICED
+    ]  # fmt: skip
+    return {"seed": seed, **score(found, reasons), "packages": parts, "survivors": survivors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=400, help="changes to try")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--seconds", type=float, default=3000, help="processor time, at most")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation")
+    parser.add_argument("--again", action="store_true", help="try what survived once more")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders of tests")
+    parser.add_argument("--name", help="of the sample in the result, written when done")
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # tests import their references
+    work = given.work
+    work.mkdir(parents=True, exist_ok=True)
+    sources, log, reasons = read_sources(), outcomes(work), accepted()
+    sample = sample_of(given.sample, given.seed, sources, work)
+    if given.again:
+        last = {key: entries[-1]["outcome"] for key, entries in log.items()}
+        todo = [m for m in sample if last.get(m.key) == "survived" and m.key not in reasons]
+    else:
+        todo = [m for m in sample if m.key not in log]
+    print(f"{len(todo)} of {len(sample)} changes to try", flush=True)
+    if todo:
+        options = ["-q", "-s", "-p", "no:randomly", "-p", "no:xdist", "--no-header"]
+        pytest.main([*options, *given.tests], plugins=[Forked(work, sources, todo, given.seconds)])
+    once, now = (summary(sample, work, given.seed, which) for which in (0, -1))
+    for entry in now["survivors"]:
+        print(entry["where"], entry["function"], entry["change"], "|", entry["accepted"] or "")
+    for said, found in (("at first", once), ("now", now)):
+        print(said, {key: value for key, value in found.items() if key != "survivors"})
+    if given.name:
+        write(
+            given.name, {"command": " ".join(["python", *sys.argv]), "at_first": once, "now": now}
+        )
+
+
+def write(name: str, sample: dict[str, Any]) -> None:
+    """Put a sample into the committed result, beside those of other names."""
+    file = RESULTS / "result.json"
+    result = json.loads(file.read_text("utf-8")) if file.exists() else {"samples": {}}
+    sources = read_sources()
+    result["changes"] = dict.fromkeys(PACKAGES, 0)
+    for path, text in sources.items():
+        result["changes"][path.split("/")[1]] += len(mutants_of(path, text))
+    sample["at_first"].pop("survivors")
+    result["samples"][name] = sample
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
