@@ -133,7 +133,7 @@ for name, model in models.items():
 # ## What the study found
 #
 # `smearlens experiment long-context --data FOLDER` trains at 256 tokens and reads up to 4,096, on
-# repeats, tiny Shakespeare and TinyStories, with three seeds, matched weights and two layers of
+# repeats, tiny Shakespeare and TinyStories, with five seeds, matched weights and two layers of
 # attention beside them. Its verdicts, if they are in this repository:
 
 # %%

@@ -33,6 +33,7 @@ _HOMES = {
     "smearlens.models.char_gpt": ("CharGPT", "CharGPTConfig"),
     "smearlens.models.seq2seq": ("Seq2Seq", "Seq2SeqConfig"),
     "smearlens.models.base": ("HookedModel",),
+    "smearlens.models.cached": ("CacheMemoryError", "cache_bytes"),
     "smearlens.models.families": ("load_model",),
     "smearlens.models.files": ("ModelFileError",),
     "smearlens.nn.attention": ("Attention",),
@@ -49,6 +50,7 @@ _HOMES = {
         "PairBatches", "PigLatinVocabulary", "pig_latin_pairs", "read_pairs", "split_pairs",
         "to_pig_latin",
     ),
+    "smearlens.data.shards": ("ShardedTokens", "open_shards", "write_shards"),
     "smearlens.data.synthetic": ("iid_tokens", "repeated_tokens"),
     "smearlens.data.corpora": ("load_corpus",),
     "smearlens.data.tokenizers": ("ByteTokenizer", "CharTokenizer", "gpt2_tokenizer"),
@@ -83,6 +85,7 @@ _HOMES = {
     "smearlens.analysis.association": (
         "association", "association_within_run", "partial_correlation",
     ),
+    "smearlens.analysis.loss_paths": ("loss_paths",),
     "smearlens.analysis.phase_change": ("phase_change",),
     "smearlens.analysis.stats": ("holm", "mcnemar"),
     "smearlens.analysis.mixing.implicit": ("implicit_mixings",),

@@ -14,6 +14,7 @@ from smearlens import CharGPT, CharGPTConfig
 from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments.evolution import logs
 from smearlens.experiments.evolution import measures as measured
+from smearlens.experiments.evolution.paths import turn
 from smearlens.experiments.evolution.samples import correlation
 from smearlens.experiments.evolution.study import EvolutionConfig, cells, data_sets, file_of, run
 from smearlens.experiments.evolution.verdicts import contrast, judge
@@ -63,14 +64,47 @@ def test_the_page_holds_the_four_plots_and_the_slider(study):
     out, _ = study
     page = (out / "report.html").read_text()
     assert {p.stem for p in (out / "figures").glob("*.png")} == {
-        f"{plot}_{SHAKESPEARE}" for plot in PLOTS
+        "loss_paths",
+        *(f"{plot}_{SHAKESPEARE}" for plot in PLOTS),
     }
     assert "enwik8 and text8 were left out" in page
     assert "most focused head of each layer over training" in page
     assert not re.search(r"(src|href)=['\"]https?:|@import|url\(\s*['\"]?http", page)
-    for name in ("fields", "changes", "similarity", "loss", "heads", "tracking", "texts"):
+    for name in (
+        "fields",
+        "changes",
+        "similarity",
+        "loss",
+        "heads",
+        "tracking",
+        "texts",
+        "loss_paths",
+    ):
         assert (out / "tables" / f"{name}.md").exists()
     assert "shuffled" in (out / "tables" / "similarity.md").read_text()
+
+
+def test_paths_of_token_losses_are_fitted_over_all_seeds(study):
+    out, found = study
+    paths = found["paths"][SHAKESPEARE]
+    looks = [
+        [json.loads(line) for line in (run / "tracking.jsonl").read_text().splitlines()]
+        for run in sorted(out.glob("runs/*-tracked-*"))
+    ]
+    assert paths["n_tokens"] == 64
+    assert paths["steps"] == [row["step"] for row in looks[0]]
+    rows = np.array([[row[f"token_loss/{i}"] for i in range(64)] for run in looks for row in run])
+    _, lengths, directions = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    signs = np.where(directions[:2].sum(1) < 0, -1, 1)
+    points = np.concatenate([paths["paths"]["0"], paths["paths"]["1"]])
+    expected = (rows - rows.mean(0)) @ directions[:2].T * signs
+    np.testing.assert_allclose(points, expected, atol=0.0006)
+    shares = lengths[:2] ** 2 / (lengths**2).sum()
+    np.testing.assert_allclose(paths["explained"], shares, atol=6e-5)
+
+
+def test_a_path_turns_where_it_is_furthest_from_its_chord():
+    assert turn([[0, 0], [1, 1], [5, 3], [5, -1], [6, 0]]) == 2
 
 
 def test_tracking_changes_not_a_byte(study):

@@ -24,6 +24,7 @@ from smearlens.experiments.evolution.logs import (
     pairs_at,
     pairs_shuffled,
 )
+from smearlens.experiments.evolution.paths import draw_paths, paths_table
 from smearlens.viz import evolution_plots as plots
 from smearlens.viz.report import Part, Study, write_report
 from smearlens.viz.widgets import Widget, evolution
@@ -38,11 +39,13 @@ def write_evolution_report(study: Study, out: Path) -> Path:
     """Write `report.html`, `figures/*.png` and `tables/*.md` of the study; returns the page."""
     runs = by_data_set([m for m in study["measures"] if m["name"] == TRACKED])
     plain = by_data_set([m for m in study["measures"] if m["name"] == PLAIN])
-    parts = [_overview(study)]
+    parts = [_overview(study), _cost(study)]
     for name, some in runs.items():
         parts += _of_data_set(name, some, plain.get(f"{name}, {PLAIN}", []))
-    parts += [_changes(runs), _nulls(runs), _loss(runs), _heads(runs), _cost(study)]
-    parts += _samples(runs)
+    parts.append(_paths(study["paths"]))
+    parts += [
+        Part(title, text, name=name, table=make(runs)) for title, text, name, make in OVER_ALL
+    ]
     title = "Does attention over training tell how well a character model does or writes?"
     return write_report(study, out, parts, title=title)
 
@@ -57,11 +60,12 @@ def _overview(study: Study) -> Part:
     return Part(
         "The fields of the write-up",
         f"{left_out}Nats per character (enwik8: per byte), mean and s.d. over seeds; the final "
-        "training loss is a mean over the last updates. The write-up's four runs trained models "
-        "of 10 million weights far longer, and differ from each other only in what was logged: "
-        "their spread is noise. Here, too, tracking changes nothing (see below), so one training "
-        "with everything tracked stands for the write-up's runs 1 to 3, and only some seeds train "
-        "again without. Times are of this machine, generation per CPU second. "
+        "training loss is a mean over the last updates, bits are of the best validation loss. The "
+        "write-up's four runs trained models of 10 million weights far longer, and differ from "
+        "each other only in what was logged: their spread is noise. Here, too, tracking changes "
+        "nothing (see below), so one training with everything tracked stands for the write-up's "
+        "runs 1 to 3, and only some seeds train again without. Times are of this machine, "
+        "generation per CPU second. "
         f"{notes}.",
         name="fields", table=tables.fields_table(study),
     )  # fmt: skip
@@ -201,43 +205,68 @@ def _slider(run: dict[str, Any], name: str) -> Widget:
 # Over all data sets ----------------------------------------------------------------------------
 
 
-def _changes(runs: Mapping[str, Runs]) -> Part:
-    return Part(
+OVER_ALL = (  # heading, what is seen, name, table
+    (
         "When does it change?",
         "Two straight segments against log step, free to jump, beside the best smooth curve; "
         "ΔBIC above 10 (median of the seeds) counts as a change. The interval holds the mean over "
         "seeds and is never finer than the looks.",
-        name="changes", table=tables.changes_table(runs),
-    )  # fmt: skip
-
-
-def _nulls(runs: Mapping[str, Runs]) -> Part:
-    return Part(
+        "changes", tables.changes_table,
+    ),
+    (
         "Layer similarity and its nulls",
         "Means over groups of pairs at the end of training; untrained: the same models before the "
         "first update; shuffled: the trained models on shuffled text. Causal masks alone make "
         "patterns alike, so that a similarity says something only beside its nulls.",
-        name="similarity", table=tables.similarity_table(runs),
-    )  # fmt: skip
-
-
-def _loss(runs: Mapping[str, Runs]) -> Part:
-    return Part(
+        "similarity", tables.similarity_table,
+    ),
+    (
         "Attention and the held-out loss within runs",
         "Changes from look to look, a straight line in log step taken out; interval over seeds. "
         "Without this both sides follow the step and correlate whatever they are.",
-        name="loss", table=tables.loss_table(runs),
-    )  # fmt: skip
-
-
-def _heads(runs: Mapping[str, Runs]) -> Part:
-    return Part(
+        "loss", tables.loss_table,
+    ),
+    (
         "Heads at the end of training",
         "By layer, mean over seeds: normalised entropy, mean distance, weight on the previous and "
         "on the first token, how much heads differ (0: not at all), the best head's induction "
         "score, and how many heads look 3 tokens back or less on average; last, the same of the "
         "rows that wrote samples at temperature 0.8.",
-        name="heads", table=tables.heads_table(runs),
+        "heads", tables.heads_table,
+    ),
+    (
+        "Attention along samples and their quality",
+        "Partial Spearman correlations within run, prompt and sampling temperature, with "
+        "bootstrap intervals over runs. Diversity and repetition of character 2- to 4-grams; "
+        "coherence: cosine of counts of character 3-grams of prompt and continuation, which "
+        "sees shared words and no meaning; words: share of the characters in whole words that "
+        "stand in the training text; quality: diversity · words.",
+        "associations", tables.associations_table,
+    ),
+    (
+        "Attention changed while a model writes",
+        "Difference to the samples with nothing changed, the same random numbers, temperature "
+        "0.8. Scores doubled sharpen every head, halved they spread it.",
+        "interventions", tables.interventions_table,
+    ),
+    (
+        "Samples",
+        "One per temperature, seed 0; the first quarter is the prompt.",
+        "texts", tables.texts_table,
+    ),
+)  # fmt: skip
+
+
+def _paths(paths: Mapping[str, Any]) -> Part:
+    return Part(
+        "Where training goes: losses of single characters",
+        "The loss of one fixed random character of every held-out window, its first two principal "
+        "components, fitted over all seeds and looks of a data set at once; points are updates. "
+        "Paths of different seeds that coincide learn the same characters in the same order. "
+        "Every smooth path bends once in such a plane, so that a turn alone is no change of phase: "
+        "a random walk has the shares beside ours.",
+        name="loss_paths", table=paths_table(paths), draw=partial(draw_paths, paths=paths,
+                                                                  names=NAMES),
     )  # fmt: skip
 
 
@@ -249,28 +278,3 @@ def _cost(study: Study) -> Part:
         "text. Costs are CPU time, one look against the updates around it.",
         name="tracking", table=tables.tracking_table(study),
     )  # fmt: skip
-
-
-def _samples(runs: Mapping[str, Runs]) -> list[Part]:
-    return [
-        Part(
-            "Attention along samples and their quality",
-            "Partial Spearman correlations within run, prompt and sampling temperature, with "
-            "bootstrap intervals over runs. Diversity and repetition of character 2- to 4-grams; "
-            "coherence: cosine of counts of character 3-grams of prompt and continuation, which "
-            "sees shared words and no meaning; words: share of the characters in whole words that "
-            "stand in the training text; quality: diversity · words.",
-            name="associations", table=tables.associations_table(runs),
-        ),
-        Part(
-            "Attention changed while a model writes",
-            "Difference to the samples with nothing changed, the same random numbers, temperature "
-            "0.8. Scores doubled sharpen every head, halved they spread it.",
-            name="interventions", table=tables.interventions_table(runs),
-        ),
-        Part(
-            "Samples",
-            "One per temperature, seed 0; the first quarter is the prompt.",
-            name="texts", table=tables.texts_table(runs),
-        ),
-    ]  # fmt: skip

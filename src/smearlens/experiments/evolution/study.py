@@ -30,8 +30,10 @@ from smearlens.experiments.evolution import logs
 from smearlens.experiments.evolution import measures as measured
 from smearlens.experiments.evolution import times as took
 from smearlens.experiments.evolution.logs import PLAIN, TRACKED
+from smearlens.experiments.evolution.paths import token_paths
 from smearlens.experiments.evolution.verdicts import judge
 from smearlens.experiments.grid import Cell, Task, run_grid
+from smearlens.experiments.long_context.measures import windows
 from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.char_gpt import CharGPTConfig
 from smearlens.training.attention_tracking import AttentionTracking, GenerationTracking
@@ -43,7 +45,7 @@ N_LAYERS = 6  # the write-up speaks of layers 4 to 6
 SHAKESPEARE = "shakespeare_char"  # data sets are named as in the write-up
 FROM_FILES = ("enwik8", "text8")
 EVALUATED = 64  # held-out windows of the validation loss
-LOOKED_AT = 24  # held-out windows of the tracked losses, 8 of them for attention
+LOOKED_AT = 64  # held-out windows of the tracked losses, 8 of them for attention
 WRITTEN = 4  # texts continued, less often than looked at
 SHOWN = 32  # characters whose patterns the report shows
 PER_DOUBLING = 3  # looks in each doubling of the step
@@ -138,7 +140,7 @@ def run(config: EvolutionConfig, out: Path, *, jobs: int = 1, command: str = "")
         out, study="evolution of attention", command=command, config=config, recipe=RECIPE,
         verdicts=judge(found, times, compared), measures=found, cells=grid,
         data_sets={name: load_text(name, config.data).note for name in names},
-        fields=took.fields(found, names), compared=compared,
+        fields=took.fields(found, names), compared=compared, paths=token_paths(found, folders),
         times={"runs": times, "fields": took.time_fields(times, names)},
     )  # fmt: skip
     write_evolution_report(study, out)
@@ -179,7 +181,7 @@ def tasks(config: EvolutionConfig) -> dict[str, Task]:
             ),
             "evaluate": partial(_validation_loss, tokens=_held_out(data, config, EVALUATED)),
         }
-        prompts = _windows(data, config.prompt, config.prompts)
+        prompts = windows(data.held_out, config.prompt, config.prompts)
         measure = partial(
             measured.after_training, prompts=prompts, tokenizer=data.tokenizer, words=data.words,
             new_tokens=config.length - config.prompt, samples=config.samples,
@@ -240,14 +242,8 @@ def load_text(name: str, folder: str | None) -> TextData:
     )  # fmt: skip
 
 
-def _held_out(data: TextData, config: EvolutionConfig, windows: int) -> Int64[Tensor, " pos"]:
-    return data.held_out[: windows * (config.length - 1) + 1]
-
-
-def _windows(data: TextData, length: int, count: int) -> Int64[Tensor, "window pos"]:
-    """Windows spread evenly over the held-out text."""
-    starts = torch.linspace(0, len(data.held_out) - length, count).long()
-    return data.held_out[starts[:, None] + torch.arange(length)]
+def _held_out(data: TextData, config: EvolutionConfig, count: int) -> Int64[Tensor, " pos"]:
+    return data.held_out[: count * (config.length - 1) + 1]
 
 
 def _validation_loss(model: Any, *, tokens: Tensor) -> dict[str, float]:
@@ -259,15 +255,15 @@ def _callbacks(data: TextData, config: EvolutionConfig) -> tuple[Callback, ...]:
     generator = torch.Generator().manual_seed(2**31 - 1)  # no run trains with this seed
     vocabulary = data.tokenizer.d_vocab
     reading: Any = AttentionTracking(
-        _windows(data, config.length, LOOKED_AT),
+        windows(data.held_out, config.length, LOOKED_AT),
         generator=generator,
         repeats=repeated_tokens(8, (8, 24), config.length, vocabulary, generator=generator),
     )
     writing = GenerationTracking(
-        _windows(data, config.prompt, WRITTEN), config.length - config.prompt,
+        windows(data.held_out, config.prompt, WRITTEN), config.length - config.prompt,
         generator=generator, temperature=measured.USUAL,
     )  # fmt: skip
-    shown = _windows(data, SHOWN, 3)[1:2]
+    shown = windows(data.held_out, SHOWN, 3)[1:2]
     seldom = log_spaced(config.steps, per_doubling=1)
     return (
         logs.Timed(Tracker(reading, at=log_spaced(config.steps, PER_DOUBLING))),

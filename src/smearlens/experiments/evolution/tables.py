@@ -6,6 +6,7 @@ Leaves out figures and the words between them (`report`).
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,21 +51,30 @@ NEAR = 3  # tokens: "very local" heads of the write-up
 
 def fields_table(study: Study) -> Rows:
     """Losses and times, ours beside the write-up's."""
-    rows = [["data set", "run", *FIELDS, "total_train_time (s)", "tokens per second"]]
+    rows = [[
+        "data set", "run", *FIELDS, "best in bits", "total_train_time (s)", "tokens per second",
+    ]]  # fmt: skip
     for name in study["data_sets"]:
         for label, values in zip(WRITEUP_RUNS, WRITEUP[name], strict=True):
             losses, times = values[:2], values[2:]
-            rows.append([name, f"write-up: {label}", *(f"{v:.4f}" for v in losses),
-                         *(f"{v:.0f}" for v in times)])  # fmt: skip
+            rows.append([
+                name, f"write-up: {label}", *(f"{v:.4f}" for v in losses), _bits(losses[1]),
+                *(f"{v:.0f}" for v in times),
+            ])  # fmt: skip
         for variant in (PLAIN, TRACKED):
             found, took = study["fields"][name][variant], study["times"]["fields"][name][variant]
             if found["n"]:
                 rows.append([
                     name, f"here: {variant} (n = {found['n']})",
                     *(_spread(found, key, ".4f") for key in FIELDS),
+                    _bits(found["best_val_loss_mean"]),
                     *(_spread(took, key, ".0f") for key in TIME_FIELDS),
                 ])  # fmt: skip
     return rows
+
+
+def _bits(nats: float) -> str:
+    return f"{nats / math.log(2):.3f}"
 
 
 def _spread(values: dict[str, Any], key: str, shape: str) -> str:

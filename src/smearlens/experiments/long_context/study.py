@@ -49,7 +49,7 @@ RECIPE = (
 class LongContextConfig:
     """Sizes of the study of long contexts."""
 
-    seeds: int = 3  # independent runs of every model
+    seeds: int = 5  # independent runs of every model
     steps: int = 500  # updates per model and task
     d_model: int = 64  # width of the models with one layer
     length: int = 256  # tokens of a training window
