@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint, is_hooked
 from smearlens.nn.conv import DepthwiseConv, KeySmear
 from smearlens.nn.positions import Rotary
@@ -22,6 +23,7 @@ from smearlens.nn.positions import Rotary
 SHORT = 32  # keys; up to here the explicit core costs a CPU no more, and less if heads are narrow
 
 
+@explained
 class Attention(nn.Module):
     r"""z = softmax(q k' / √d_head) v per head, then an output projection.
 
@@ -99,6 +101,7 @@ class Attention(nn.Module):
             ValueError: if a causal layer is given a source, whose positions it cannot compare, or
                 a layer with convolutions, smearing or rotation a source and a state
         """
+        self._check("x", x, x)
         if source is not None and self.causal:
             raise ValueError(
                 "source is another sequence, which has no past and no future here: "
@@ -109,12 +112,13 @@ class Attention(nn.Module):
             past = 0 if state is None else _length(state.get(f"{self.name}.k"))
             q, k, v = self._shape(self.in_proj(x).chunk(3, dim=-1), state, past)
         else:
+            self._check("source", source, x)
             q, k, v = self._cross(x, source, state)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if state is not None and source is None:
             k, v = _append(state, f"{self.name}.k", k), _append(state, f"{self.name}.v", v)
         z = self._mix(q, k, v, past, key_mask)
-        return self.out_proj(rearrange(self.hook_z(z), "batch pos head d -> batch pos (head d)"))
+        return self.out_proj(self.hook_z(z).flatten(2))  # [batch pos (head d_head)]
 
     @property
     def fused(self) -> bool:
@@ -145,6 +149,17 @@ class Attention(nn.Module):
         return rearrange(
             self.in_proj.weight, "(role head d) model -> role head model d", role=3, d=self.d_head
         )[role]
+
+    def _check(self, name: str, given: Tensor, x: Tensor) -> None:
+        """Raise unless argument `name` is as wide as this layer and as many sequences as `x`."""
+        width = self.out_proj.in_features
+        if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != width:
+            raise ValueError(f"{name} must be [batch pos d_model={width}], got {describe(given)}")
+        if not given.numel() or len(given) != len(x) or not given.is_floating_point():
+            raise ValueError(
+                f"{name} must be {len(x) or 1} sequences of at least 1 position of floating "
+                f"numbers, got {describe(given)}"
+            )
 
     def _cross(self, x: Tensor, source: Tensor, state: dict | None) -> tuple[Tensor, ...]:
         """Queries of `x`, keys and values of `source`; these only once if there is a `state`."""
@@ -189,6 +204,11 @@ class Attention(nn.Module):
             ahead = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1 + past)
             mask = mask.masked_fill(ahead, -torch.inf)
         if key_mask is not None:
+            if not isinstance(key_mask, Tensor) or key_mask.shape != (len(q), n_keys):
+                raise ValueError(
+                    f"key_mask must be a bool tensor [batch key] = {[len(q), n_keys]}, got "
+                    f"{describe(key_mask)}; True where a key may be seen"
+                )
             mask = mask.masked_fill(~key_mask[:, None, None, :], -torch.inf)
         if fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
