@@ -88,9 +88,9 @@ def against_peer(length: int) -> list[Row]:
     ]
     error = float((found - theirs).abs().max() / theirs.abs().max())
     rows.append(row(f"matrix, difference from {name}", shape, error, 1e-5, unit=ERROR))
-    weight = call(peak_of, "peer", length, environment=GIVING_BACK)
+    weights = call(peaks, length, environment=GIVING_BACK)
     for what in ours:
-        ratio = call(peak_of, what, length, environment=GIVING_BACK) / weight
+        ratio = weights[what] / weights["peer"]
         rows.append(row(f"{what} / {name}", shape, ratio, 1 / 14, unit=MEMORY))
     return rows
 
@@ -144,17 +144,20 @@ SCORES: dict[str, Callable[[SSMMixing, torch.Tensor], object]] = {
 }
 
 
-def peak_of(what: str, length: int) -> float:
-    """MB by which the peak rises, in a process of its own."""
-    if what in SCORES or length in LONG:
-        mixing, small, tokens = _long(length), _long(64), torch.randint(50, (1, length))
-        score = SCORES.get(what, lambda mixing, tokens: [
-            rows.abs_().sum(-1) for part in mixing.parts() for _, _, rows in part.blocks()
-        ])  # fmt: skip
-        score(small, tokens[:, :64])
-        return peak_rise(lambda: score(mixing, tokens))
+def peaks(length: int) -> dict[str, float]:
+    """MB by which the peak rises for each of ours and for the peer, in a process of their own."""
     ours, peer = sides(length)
-    return peak_rise({**ours, "peer": peer}[what])
+    return {what: peak_rise(run) for what, run in {**ours, "peer": peer}.items()}
+
+
+def peak_of(what: str, length: int) -> float:
+    """MB by which the peak rises for a score of a long context, in a process of its own."""
+    mixing, small, tokens = _long(length), _long(64), torch.randint(50, (1, length))
+    score = SCORES.get(what, lambda mixing, tokens: [
+        rows.abs_().sum(-1) for part in mixing.parts() for _, _, rows in part.blocks()
+    ])  # fmt: skip
+    score(small, tokens[:, :64])
+    return peak_rise(lambda: score(mixing, tokens))
 
 
 def main(*, fast: bool = False) -> list[Row]:
