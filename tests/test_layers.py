@@ -33,12 +33,14 @@ MAY_IMPORT = {
         "_hooks",
     },
     "cli": {"cli", "experiments"},
+    "__main__": {"cli"},
     "_hooks": {"_hooks"},
     "_files": {"_files"},
     "_extras": {"_extras"},
+    "_explain": {"_explain"},
     "__init__": set(),
 }  # fmt: skip
-ANYONE = {"_files", "_extras"}
+ANYONE = {"_files", "_extras", "_explain"}
 
 LAZY = {  # loaded by the function that uses it, so that nobody else waits for it
     "scipy", "matplotlib", "datasets", "pandas", "accelerate", "tokenizers", "circuitsvis", "wandb",

@@ -41,6 +41,23 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def read_object(path: Path | str, remedy: str, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: if it holds something else or lacks one of `keys`, with the path and `remedy`
+        OSError: if it cannot be read
+    """
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict) or (missing := [key for key in keys if key not in found]):
+        lack = f"no {missing}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: found {lack}, expected an object with {list(keys)}; {remedy}")
+    return found
+
+
 def sync_folder(folder: Path | str) -> None:
     """Make the names in `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -69,14 +69,24 @@ def caching_hook(
 
     `remove_batch_dim` and `pos_slice` leave weights, which have at most two axes, as they are.
     """
-    positions = Slice.unwrap(pos_slice)
+    try:
+        positions = Slice.unwrap(pos_slice)
+    except ValueError as error:
+        raise ValueError(
+            f"pos_slice must be a position, (start, stop) or a list of positions, got {pos_slice!r}"
+        ) from error
 
     def save(value: Tensor, hook: LensHookPoint) -> None:
         name, kept = str(hook.name), value.detach().to(device)
         activation = kept.ndim > 2  # [batch ...]
         if activation and pos_slice is not None:
             axis = 2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
-            kept = positions.apply(kept, dim=axis).clone()  # a view would hold on to the rest
+            try:
+                kept = positions.apply(kept, dim=axis).clone()  # a view would hold on to the rest
+            except IndexError as error:
+                raise ValueError(
+                    f"pos_slice={pos_slice!r} is outside the {kept.shape[axis]} positions of {name}"
+                ) from error
         if activation and remove_batch_dim:
             kept = kept[0]
         cache[f"{name}_grad" if backward else name] = kept

@@ -133,7 +133,7 @@ def edit_weights(folder, change):
     change(tensors)
     save_file(tensors, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit_json(folder, lambda d: d.update(sha256=digest))
+    edit_json(folder, lambda d: (d.update(sha256=digest), d.pop("seal")))
 
 
 def edit_bytes(folder, change):
@@ -160,7 +160,7 @@ def replace_by_pickle(folder):
     content = pickle.dumps(Bomb())
     edit_bytes(folder, lambda _: content)
     digest = hashlib.sha256(content).hexdigest()
-    edit_json(folder, lambda d: d.update(sha256=digest))
+    edit_json(folder, lambda d: (d.update(sha256=digest), d.pop("seal")))
 
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -244,6 +244,14 @@ BROKEN = {
     "no checksum": (
         lambda f: edit_json(f, lambda d: d.pop("sha256")), CONFIG, r"KeyError\('sha256'\)",
     ),
+    "a size edited": (
+        lambda f: edit_json(f, lambda d: d["config"].update(n_ctx=9)),
+        CONFIG, "found contents that were altered since they were written, expected its own seal",
+    ),
+    "unknown key beside the config": (
+        lambda f: edit_json(f, lambda d: d.update(sead=d.pop("seal"))),
+        CONFIG, "unknown key 'sead'",
+    ),
     "unknown schema": (
         lambda f: edit_json(f, lambda d: d.update(schema=2)),
         CONFIG, "found schema 2, expected 1; update smearlens",
@@ -270,15 +278,21 @@ def test_load_model_refuses_a_class_it_does_not_know(saved):
         load_model(saved)
 
 
-def test_any_flipped_bit_is_found(saved, generator):
-    path = saved / WEIGHTS
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_any_flipped_bit_is_found(saved, file, generator):
+    path = saved / file
     content = path.read_bytes()
-    for place in torch.randint(len(content) * 8, (200,), generator=generator).tolist():
+    for place in torch.randint(len(content) * 8, (100,), generator=generator).tolist():
         broken = bytearray(content)
         broken[place // 8] ^= 1 << place % 8
         path.write_bytes(broken)
-        with pytest.raises(ModelFileError, match="sha256"):
-            ConvAttn.from_pretrained(saved)
+        with pytest.raises(ModelFileError, match=r"sha256|config\.json"):
+            load_model(saved)
+
+
+def test_a_seal_that_was_taken_out_allows_an_edit(saved):
+    edit_json(saved, lambda d: (d["config"].update(n_ctx=9), d.pop("seal")))
+    assert load_model(saved).config.n_ctx == 9  # rotary positions: no weight has that size
 
 
 def test_weights_of_one_class_do_not_pass_for_another(tmp_path):

@@ -368,3 +368,10 @@ def test_cross_attention_with_rotation_keeps_no_state(generator):
     x, source = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
     with pytest.raises(ValueError, match="keeps no state: pass state=None"):
         layer(x, source, state={})
+
+
+def test_a_decoder_given_a_source_says_what_to_save(tmp_path):
+    model = Seq2Seq(Seq2SeqConfig(d_model=12, n_heads=3, n_layers=1, n_ctx=13))
+    with pytest.raises(TypeError, match="a SourcedDecoder is not saved: save the Seq2Seq whose"):
+        model.decoder_given(torch.tensor([[3, 1, 4]])).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.kinds import Mixing
 from smearlens.analysis.mixing.layers import mixings
 from smearlens.analysis.mixing.state_space import SSMMixing
@@ -31,6 +32,7 @@ STREAM = re.compile(
 PROJECTION = re.compile(r"blocks\.(\d+)\.mixer\.x_proj\.hook_out")
 
 
+@explained
 def bridge_cache(
     cache: Mapping[str, Tensor] | Any, bridge: Any = None, *, steps: bool = True
 ) -> dict[str, Tensor]:
@@ -71,6 +73,7 @@ def bridge_cache(
     return found
 
 
+@explained
 def bridge_mixings(cache: Mapping[str, Tensor] | Any, bridge: Any = None) -> dict[str, Mixing]:
     """The mixing of every layer a bridge cached; any score takes it in the place of a cache.
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.models.mamba import Mamba, MambaConfig
 
 
+@explained
 def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
     """A hookable `Mamba` with the weights of a `transformers.MambaForCausalLM`.
 
@@ -57,6 +59,7 @@ def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
     return ours.eval()
 
 
+@explained
 def attention_cache(attentions: Sequence[Tensor | None], *, part: str = "") -> dict[str, Tensor]:
     """The attention weights a Hugging Face model returns, as a cache that every score accepts.
 

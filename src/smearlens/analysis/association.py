@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from smearlens._explain import explained
 from smearlens.analysis.stats import RESAMPLES
 
 ENOUGH = 5  # independent units; with fewer a correlation describes, and shows nothing
@@ -79,6 +80,7 @@ class WithinRun:
     n: int
 
 
+@explained
 def association(metric: ArrayLike, loss: ArrayLike, *, level: float | int = 0.95) -> Association:
     """Correlations over runs: one number of each per run, such as at the end of training.
 
@@ -106,6 +108,7 @@ def association(metric: ArrayLike, loss: ArrayLike, *, level: float | int = 0.95
     return Association(of("spearman"), of("pearson"))
 
 
+@explained
 def association_within_run(metric: ArrayLike, loss: ArrayLike, steps: ArrayLike) -> WithinRun:
     """Correlations of two series over the checkpoints of one run, without their common trend.
 
@@ -129,6 +132,7 @@ def association_within_run(metric: ArrayLike, loss: ArrayLike, steps: ArrayLike)
     )
 
 
+@explained
 def partial_correlation(
     x: ArrayLike,
     y: ArrayLike,

@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from smearlens._explain import explained
 
+
+@explained
 def per_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch target"]:
@@ -34,6 +37,7 @@ def predictable(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch target"
     return (before[:, :, None] == before[:, None, :]).tril(-1).any(-1)
 
 
+@explained
 def induction_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
@@ -41,6 +45,7 @@ def induction_loss(
     return _mean_where(per_token_loss(logits, tokens).double(), predictable(tokens))
 
 
+@explained
 def induction_accuracy(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
@@ -83,6 +88,7 @@ class IclScore:
         return float(self.values.mean())
 
 
+@explained
 def icl_score(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
@@ -129,6 +135,7 @@ class ArSplit:
     n_others: int
 
 
+@explained
 def ar_split(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> ArSplit:

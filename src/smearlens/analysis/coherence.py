@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens._extras import extra
 from smearlens.analysis.text import check_texts
 
@@ -89,6 +90,7 @@ class Coherence:
         return f"coherence {mean:.3f} (unrelated texts {null:.3f}) by {self.embedder}"
 
 
+@explained
 def coherence(
     prompts: Sequence[str], continuations: Sequence[str], *, embedder: Embedder | None = None
 ) -> Coherence:
@@ -117,6 +119,7 @@ def coherence(
     return Coherence(table.diagonal().clone(), others, embed.name)
 
 
+@explained
 def segment_coherence(
     samples: Sequence[str], *, segment: int, embedder: Embedder | None = None
 ) -> Coherence:

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.heads import checked_tokens, same_batch
 from smearlens.analysis.mixing.rows import Metric, RowBlock, RowOptions, measure
 
 
+@explained
 def stripe_score(
     source: Any,
     detection: Bool[Tensor, "query key"] | Bool[Tensor, "batch query key"],
@@ -70,6 +72,7 @@ def stripe_score(
     return measure(source, metric, RowOptions(**options))
 
 
+@explained
 def alignment_mass(
     source: Any,
     alignment: Int[Tensor, "*batch query"],

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.rows import Metric, RowBlock, RowFunction, RowOptions, measure
 
 Targets = Callable[[RowBlock], Bool[Tensor, "batch rows key"]]
 
 
+@explained
 def prev_token_score(source: Any, **options: Any) -> Any:
     r"""Mean weight on the token just before the query.
 
@@ -49,6 +51,7 @@ def prev_token_score(source: Any, **options: Any) -> Any:
     )
 
 
+@explained
 def duplicate_token_score(source: Any, tokens: Int[Tensor, "*batch pos"], **options: Any) -> Any:
     r"""Mean weight on earlier occurrences of the query's own token.
 
@@ -68,6 +71,7 @@ def duplicate_token_score(source: Any, tokens: Int[Tensor, "*batch pos"], **opti
     return prefix_matching_score(source, tokens, offset=0, name="duplicate_token_score", **options)
 
 
+@explained
 def induction_score(
     source: Any,
     tokens: Int[Tensor, "*batch pos"],
@@ -112,6 +116,7 @@ def induction_score(
     )  # fmt: skip
 
 
+@explained
 def prefix_matching_score(
     source: Any,
     tokens: Int[Tensor, "*batch pos"],

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.stats import bootstrap_interval
 
@@ -74,6 +75,7 @@ class KernelProfile:
         return "\n".join(lines)
 
 
+@explained
 def kernel_profile(
     source: Mapping[str, Tensor] | Float[Tensor, "channel tap"] | Any,
     *,
@@ -132,6 +134,7 @@ class SmearFit:
         return self.b / (self.a.abs() + self.b.abs())
 
 
+@explained
 def smear_coefficient(
     smeared: Float[Tensor, "batch pos head d_head"], plain: Float[Tensor, "batch pos head d_head"]
 ) -> SmearFit:
@@ -161,6 +164,7 @@ def smear_coefficient(
     return SmearFit(a, b, 1 - dot(rest, rest) / dot(y, y))
 
 
+@explained
 def score_by_lag(
     cache: Mapping[str, Tensor] | Any,
     w_k: Float[Tensor, "head d_model d_head"],
@@ -201,6 +205,7 @@ def score_by_lag(
     return parts
 
 
+@explained
 def smear_evidence(
     by_lag: Mapping[int, Float[Tensor, "batch head query key"]],
     tokens: Int[Tensor, "batch pos"],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.kinds import Mixing
 from smearlens.analysis.mixing.rows import (
     Metric,
@@ -24,6 +25,7 @@ from smearlens.analysis.mixing.rows import (
 )
 
 
+@explained
 def attention_entropy(
     source: Any, *, normalised: bool = False, base: float | None = None, **options: Any
 ) -> Any:
@@ -58,6 +60,7 @@ def attention_entropy(
     return measure(source, metric, RowOptions(**options))
 
 
+@explained
 def attention_span(
     source: Any,
     *,
@@ -112,16 +115,19 @@ def attention_span(
     return measure(source, metric, RowOptions(**options))
 
 
+@explained
 def sink_mass(source: Any, **options: Any) -> Any:
     """Mean weight on the first key, over all queries (the first has no choice): attention sink."""
     return measure(source, Metric("sink_mass", lambda b: b.at(b.key == 0)), RowOptions(**options))
 
 
+@explained
 def self_mass(source: Any, **options: Any) -> Any:
     """Mean weight on the query's own position."""
     return measure(source, Metric("self_mass", lambda b: b.at(b.lag == 0)), RowOptions(**options))
 
 
+@explained
 def future_mass(source: Any, **options: Any) -> Any:
     """Mean weight on keys after the query, over all queries: 0 for a causal layer."""
 
@@ -134,6 +140,7 @@ def future_mass(source: Any, **options: Any) -> Any:
     return measure(source, Metric("future_mass", value, ceiling=ceiling), RowOptions(**options))
 
 
+@explained
 def lag_profile(source: Any, *, max_lag: int = 32, **options: Any) -> Any:
     """Mean weight at each lag q - k, over the rows where that key exists.
 
@@ -185,6 +192,7 @@ class Profile:
         return f"Profile(lags {self.lags[0]}..{self.lags[-1]}, {self.values.shape[1]} heads)"
 
 
+@explained
 def head_diversity(source: Any, *, kind: Literal["js", "variance"] = "js", **options: Any) -> Any:
     """How much the heads of a layer differ: 0 where all attend alike.
 

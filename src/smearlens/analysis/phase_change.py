@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from smearlens._explain import explained
 from smearlens.analysis.stats import over_seeds
 
 LEAST = 3  # checkpoints in a segment
@@ -52,6 +53,7 @@ class PhaseChange:
         return f"change at step {self.step:.0f} [{self.low:.0f}, {self.high:.0f}] ({evidence})"
 
 
+@explained
 def phase_change(series: ArrayLike, steps: ArrayLike) -> PhaseChange:
     """Fit two straight segments against log(1 + step), free to jump, and one smooth curve.
 

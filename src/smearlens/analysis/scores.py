@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.stats import bootstrap_interval
 
 COLUMNS = ("layer", "head", "score", "low", "high", "chance", "maximum", "control")
 
 
+@explained
 @dataclass(frozen=True)
 class Scores(Mapping[str, Tensor]):
     """Per layer name a tensor [example head]; NaN where an example has no valid row.

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.kinds import Mixing
 from smearlens.analysis.mixing.rows import RowOptions, as_layers, row_block
 from smearlens.analysis.patterns import entropies
@@ -56,6 +57,7 @@ class Similarity:
         return "\n".join(lines)
 
 
+@explained
 def layer_similarity(
     source: Any,
     *,
@@ -112,6 +114,7 @@ def js_similarity(p: Float[Tensor, "... key"], q: Float[Tensor, "... key"]) -> F
     return 1 - (entropies((p + q) / 2) - (entropies(p) + entropies(q)) / 2) / LOG2
 
 
+@explained
 def linear_cka(
     x: Float[Tensor, "token one"], y: Float[Tensor, "token two"], *, debiased: bool | None = None
 ) -> float:

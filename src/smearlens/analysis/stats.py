@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
+
 RESAMPLES = 1000
 
 
@@ -87,6 +89,8 @@ def proportion_interval(successes: int, trials: int, level: float = 0.95) -> tup
 
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"need 0 <= successes <= trials, got {successes} of {trials}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
     ends = binomtest(successes, trials).proportion_ci(level, method="exact")
     return float(ends.low), float(ends.high)
 
@@ -113,6 +117,7 @@ class PairedTest:
         return (self.only_a - self.only_b) / self.n
 
 
+@explained
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
     """McNemar's exact test: two-sided binomial test of the examples on which a and b disagree.
 
@@ -142,6 +147,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
     return PairedTest(only_a, only_b, len(a), p)
 
 
+@explained
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: p-values that may be compared with one level, in given order.
 

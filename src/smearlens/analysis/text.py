@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens._extras import extra
 
 Unit = Literal["char", "word"]
 Smoothing = Literal["exp", "floor", "add-k", "none"]
 
 
+@explained
 def distinct_n(
     samples: Sequence[str],
     n: int,
@@ -59,6 +61,7 @@ def distinct_n(
     return float(_tensor([len(set().union(*counts))]) / whole.sum())
 
 
+@explained
 def rep_n(samples: Sequence[str], n: int, *, unit: Unit) -> Float[Tensor, " sample"]:
     """Fraction of a text's n-grams that stood in it before: 1 - distinct / all.
 
@@ -80,6 +83,7 @@ def rep_n(samples: Sequence[str], n: int, *, unit: Unit) -> Float[Tensor, " samp
     return 1 - _tensor([len(c) for c in counts]) / _tensor([c.total() for c in counts])
 
 
+@explained
 def repetition(samples: Sequence[str], n: int = 4, *, unit: Unit) -> Float[Tensor, " sample"]:
     """Fraction of a text's n-grams that stand in it more than once, their first time included.
 
@@ -94,6 +98,7 @@ def repetition(samples: Sequence[str], n: int = 4, *, unit: Unit) -> Float[Tenso
     return repeated / _tensor([c.total() for c in counts])
 
 
+@explained
 def diversity(samples: Sequence[str], *, unit: Unit) -> Float[Tensor, " sample"]:
     """Product over n = 2, 3, 4 of 1 - `rep_n`, text by text: 1 if nothing repeats.
 
@@ -106,6 +111,7 @@ def diversity(samples: Sequence[str], *, unit: Unit) -> Float[Tensor, " sample"]
     return torch.stack([1 - rep_n(samples, n, unit=unit) for n in (2, 3, 4)]).prod(0)
 
 
+@explained
 def self_bleu(
     samples: Sequence[str], n: int = 4, *, unit: Unit, smoothing: Smoothing = "exp"
 ) -> Float[Tensor, " sample"]:

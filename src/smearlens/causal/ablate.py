@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.behaviour import induction_accuracy
 from smearlens.analysis.stats import bootstrap_interval
 from smearlens.models.base import HookedModel
@@ -106,6 +107,7 @@ def measure_with(
         return metric(model.run_with_hooks(tokens, fwd_hooks=hooks), tokens)
 
 
+@explained
 def ablate(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future, streaming_gap
 from smearlens.data.synthetic import iid_tokens
 from smearlens.models.base import HookedModel
@@ -112,6 +113,7 @@ class Audit:
         return "\n".join(lines + [f"  -> {finding}" for finding in self.findings])
 
 
+@explained
 def audit(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"] | None = None,

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.behaviour import induction_accuracy
 from smearlens.causal.ablate import BehaviourMetric, Effect, Hooks, measure_with, replace_with
 from smearlens.models.base import HookedModel
 
 
+@explained
 def keep_lags(model: HookedModel, layer: str, keep: Sequence[int]) -> Hooks:
     """Hooks that zero every tap of the convolution `layer` whose lag is not in `keep`."""
     conv = model.mod_dict.get(layer)
@@ -45,6 +47,7 @@ def present_only(model: HookedModel, block: str = "blocks.0") -> Hooks:
     return hooks
 
 
+@explained
 def role_without_lags(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],

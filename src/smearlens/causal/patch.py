@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.stats import bootstrap_interval
 from smearlens.causal.ablate import BehaviourMetric, Component, Hooks, measure_with
 from smearlens.models.base import HookedModel
@@ -71,6 +72,7 @@ class Recovery:
         )
 
 
+@explained
 def patch_activation(
     model: HookedModel,
     clean: Int[Tensor, "batch pos"],
@@ -110,6 +112,7 @@ def patch_activation(
     )
 
 
+@explained
 def patch_path(
     model: HookedModel,
     clean: Int[Tensor, "batch pos"],
@@ -148,6 +151,7 @@ def patch_path(
     )
 
 
+@explained
 def attribution(
     model: HookedModel,
     clean: Int[Tensor, "batch pos"],

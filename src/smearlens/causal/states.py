@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.causal.ablate import BehaviourMetric, Hooks
 from smearlens.causal.patch import Recovery
 from smearlens.models.base import HookedModel
@@ -21,6 +22,7 @@ from smearlens.models.base import HookedModel
 Layers = str | Sequence[str] | None
 
 
+@explained
 def state_patch(
     model: HookedModel,
     clean: Int[Tensor, "batch pos"],
@@ -79,6 +81,7 @@ def state_patch(
     return Recovery(name, whole, run(None), run(states), run(others))
 
 
+@explained
 def read_states(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -98,6 +101,7 @@ def read_states(
     return found
 
 
+@explained
 def set_states(
     model: HookedModel,
     states: Mapping[str, Float[Tensor, "batch channel d_state"]],
@@ -149,6 +153,7 @@ def set_states(
     ]
 
 
+@explained
 def hold_states(
     model: HookedModel, start: int | Int[Tensor, " batch"], layers: Layers = None
 ) -> Hooks:
@@ -164,6 +169,7 @@ def hold_states(
     return [(f"{layer}.hook_delta", hold) for layer in _layers(model, layers, "hook_delta")]
 
 
+@explained
 def freeze_delta(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -192,6 +198,7 @@ def freeze_delta(
     return [(name, freeze(cache[name][counted].mean(0))) for name in names]
 
 
+@explained
 def cut_convolution(
     model: HookedModel,
     position: int | Int[Tensor, " batch"],

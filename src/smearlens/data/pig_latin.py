@@ -1,7 +1,6 @@
 """The Pig Latin task: the rule, word pairs, their vocabulary, split and batches.
 
-Pairs come from the words of the embedded tiny Shakespeare or from a file. Leaves out models and the
-counting of right words.
+Pairs come from the embedded tiny Shakespeare or from a file. Leaves out models and their scores.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from smearlens._explain import explained
 from smearlens.data.batches import shuffled
 from smearlens.data.corpora import CorpusError, load_corpus, read_text
 from smearlens.data.synthetic import step_generator
@@ -44,7 +44,7 @@ def to_pig_latin(word: str, *, move_qu: bool = True) -> str:
     Raises:
         ValueError: for an empty word or another character
     """
-    if not re.fullmatch("[a-z-]+", word):
+    if not isinstance(word, str) or not re.fullmatch("[a-z-]+", word):
         raise ValueError(f"word must consist of a-z and '-', got {word!r}: lower it and strip it")
     return "-".join(_translate(part, move_qu) for part in word.split("-"))
 
@@ -65,6 +65,7 @@ def _shakespeare_words() -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"(?<![\w'-])[a-z]+(?![\w'-])", text))))
 
 
+@explained
 def pig_latin_pairs(*, min_letters: int = 1, max_letters: int | None = None) -> Iterator[Pair]:
     """Word and translation for each of the 10,863 distinct words of tiny Shakespeare, sorted.
 
@@ -85,6 +86,7 @@ def pig_latin_pairs(*, min_letters: int = 1, max_letters: int | None = None) -> 
     return ((word, to_pig_latin(word)) for word in words)
 
 
+@explained
 def read_pairs(path: str | Path, *, alphabetic: bool = True) -> list[Pair]:
     """Pairs of a text file, plain or `.gz`: a word, a blank, its translation on each line.
 
@@ -127,11 +129,10 @@ class PairSplit:
     validation: tuple[Pair, ...]
 
     def __post_init__(self):
-        both = {word for word, _ in self.train} & {word for word, _ in self.validation}
+        both = sorted({word for word, _ in self.train} & {word for word, _ in self.validation})
         if both or not self.train or not self.validation:
-            found = (
-                f"{len(self.train)} and {len(self.validation)} pairs, in both: {sorted(both)[:5]}"
-            )
+            n, m = len(self.train), len(self.validation)
+            found = f"{n} and {m} pairs, in both: {both[:5]}"
             raise ValueError(f"train and validation need pairs and no word in both, got {found}")
 
     def to_json(self) -> str:
@@ -146,6 +147,7 @@ class PairSplit:
         return cls(tuple(train), tuple(validation))
 
 
+@explained
 def split_pairs(
     pairs: Iterable[Pair], validation: float = 0.2, *, generator: torch.Generator
 ) -> PairSplit:
@@ -163,7 +165,7 @@ def split_pairs(
     for pair in sorted(set(pairs)):
         by_word.setdefault(pair[0], []).append(pair)
     words = list(by_word)
-    n_validation = round(validation * len(words))
+    n_validation = round(validation * len(words)) if 0 < validation < 1 else 0
     if not 0 < n_validation < len(words):
         raise ValueError(f"validation={validation} of {len(words)} words leaves one side empty")
     order = torch.randperm(len(words), generator=generator).tolist()
@@ -172,6 +174,7 @@ def split_pairs(
     return PairSplit(tuple(train), tuple(held_out))
 
 
+@explained
 class PigLatinVocabulary:
     """29 symbols: a-z are 0..25, '-' is 26, start of sequence 27, end of sequence 28.
 
@@ -205,6 +208,7 @@ class PigLatinVocabulary:
         return [self._symbols[i] for i in ids]
 
 
+@explained
 class PairBatches:
     """Batches of encoded pairs, in a new order each epoch.
 

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from smearlens._explain import explained
 
+
+@explained
 def repeated_tokens(
     batch: int,
     period: int | tuple[int, int],
@@ -106,6 +109,7 @@ def repeated_random(
     return repeated_tokens(batch, period, length, d_vocab, generator=generator, bos=bos)
 
 
+@explained
 def iid_tokens(
     batch: int, length: int, d_vocab: int, *, generator: torch.Generator
 ) -> Int64[Tensor, "batch length"]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.data.corpora import EMBEDDED_FILES, read_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,6 +44,7 @@ class Tokenizer(Protocol):
         ...
 
 
+@explained
 class CharTokenizer:
     r"""The distinct characters of a text, sorted; the id of a character is its rank.
 
@@ -101,6 +103,7 @@ class CharTokenizer:
         return [_printable(character) for character in self.decode(tokens)]
 
 
+@explained
 class ByteTokenizer:
     r"""The 256 bytes of UTF-8: no text is unknown, a non-ASCII character takes several tokens.
 
@@ -123,6 +126,7 @@ class ByteTokenizer:
         return [_printable_bytes(bytes((i,))) for i in _checked_ids(tokens, 256).tolist()]
 
 
+@explained
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE, 50,257 tokens. `gpt2_tokenizer()` returns a shared one.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import smearlens
-from smearlens._files import nearest, write_atomically
+from smearlens._files import nearest, read_object, write_atomically
 from smearlens.experiments.claims import Verdict
 from smearlens.experiments.grid import Cell
 
@@ -63,8 +63,8 @@ def open_study(out: Path, config: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
     now = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
-    if path.exists() and path.read_text() != now:
-        before = json.loads(path.read_text())
+    if path.exists() and path.read_bytes() != now.encode():
+        before = read_object(path, "restore it, or --force to start over")
         new = json.loads(now)
         changed = {k: (before.get(k), v) for k, v in new.items() if before.get(k) != v}
         raise ValueError(
@@ -120,5 +120,14 @@ def write_result(
 
 def seconds_in_cells(cells: Sequence[Cell], out: Path) -> float:
     """What training and measuring took, in whichever calls it happened."""
-    folders = (out / "runs" / cell.folder for cell in cells)
-    return sum((float((folder / "seconds.txt").read_text()) for folder in folders), 0.0)
+    return sum((_seconds(out / "runs" / cell.folder / "seconds.txt") for cell in cells), 0.0)
+
+
+def _seconds(file: Path) -> float:
+    try:
+        return float(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected a number of seconds ({error}); write one, such as 0, or delete the "
+            "folder to run this cell again"
+        ) from error

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens._files import from_dict, nearest
 from smearlens._hooks import ActivationCache, HookedRootModule, caching_hook
+from smearlens.models.cached import memory_explained, require_scalar
 from smearlens.models.files import (
     find_folder,
     load_folder,
@@ -60,6 +62,7 @@ class HookedModel(HookedRootModule):
 
     config_class: ClassVar[type]
     presets: ClassVar[dict[str, Preset]]
+    save_instead: ClassVar[str] = ""  # what to save, of a class that only looks at another model
 
     def __init__(self, config: Any):
         super().__init__()
@@ -77,6 +80,7 @@ class HookedModel(HookedRootModule):
             )
 
     @classmethod
+    @explained
     def from_preset(cls: type[Model], name: str, **changes: Any) -> Model:
         """A fresh model of preset `name`, with `changes` to its configuration."""
         return cls(preset_config(cls, name, **changes))
@@ -99,6 +103,7 @@ class HookedModel(HookedRootModule):
         """Number of trainable weights."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    @explained
     def to_tokens(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Token ids [batch pos] of a text, of several of one length, or of ids as they are.
 
@@ -138,6 +143,9 @@ class HookedModel(HookedRootModule):
             ValueError: for a name this model does not have, with the nearest it has. After any
                 exception no hook of the block stays attached and hook contexts are as before.
         """
+        for given in (fwd_hooks, bwd_hooks):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"fwd_hooks and bwd_hooks are lists of pairs, got {given!r}")
         for pair in (*fwd_hooks, *bwd_hooks):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
@@ -191,6 +199,7 @@ class HookedModel(HookedRootModule):
         Raises:
             ValueError: for an unknown name, a filter that accepts nothing, `remove_batch_dim` of
                 several sequences, or `incl_bwd` of an output that is no loss
+            CacheMemoryError: if memory runs out, with the size of the cache (`cache_bytes`)
         """
         names = self._match(names_filter, "names_filter")
         tokens = next((t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)), None)
@@ -204,10 +213,11 @@ class HookedModel(HookedRootModule):
         keep_gradient = caching_hook(kept, backward=True, **options)
         forward = [(name, keep) for name in names]
         backward = [(name, keep_gradient) for name in names if incl_bwd]
-        with self.hooks(forward, backward, reset_hooks_end, clear_contexts):
+        memory = memory_explained(self, inputs, kwargs, names, incl_bwd)
+        with memory, self.hooks(forward, backward, reset_hooks_end, clear_contexts):
             output = self(*inputs, **kwargs)
             if incl_bwd:
-                _require_scalar(output)
+                require_scalar(output)
                 output.backward()
         return output, ActivationCache(kept, self, has_batch_dim=not remove_batch_dim)
 
@@ -254,11 +264,13 @@ class HookedModel(HookedRootModule):
 
     # Files -------------------------------------------------------------------------------------
 
+    @explained
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` (with its sha256) into `folder`."""
         save_folder(self, Path(folder))
 
     @classmethod
+    @explained
     def from_pretrained(cls: type[Model], name: str | Path) -> Model:
         """Load a model: a local folder, else one that ships with the package, else from the hub.
 
@@ -282,13 +294,3 @@ def preset_config(cls: type[HookedModel], name: str, **changes: Any) -> Any:
             f"nearest: {nearest(name, cls.presets)}"
         )
     return from_dict(cls.config_class, {**cls.presets[name].changes, **changes})
-
-
-def _require_scalar(output: Any) -> None:
-    """Raise a ValueError unless `output` is something to run backward from."""
-    if not (isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad):
-        given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"incl_bwd runs backward from a scalar that depends on weights, got {given}; "
-            "pass return_type='loss', and enable gradients"
-        )

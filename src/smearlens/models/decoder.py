@@ -6,6 +6,7 @@ The shared frame of the decoder-only models. Each model's own file says what its
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint, is_hooked
 from smearlens.models.base import HookedModel
 from smearlens.nn.large_vocab import streamed_loss
@@ -125,6 +127,7 @@ class Decoder(HookedModel):
         plain = self.unembed.bias is None and not is_hooked(self.unembed)
         return plain and self.config.d_vocab >= LARGE_VOCAB
 
+    @explained
     @torch.no_grad()
     def generate(
         self,
@@ -157,7 +160,7 @@ class Decoder(HookedModel):
                 f"max_new_tokens={max_new_tokens!r} after a prompt of {length} must be an int, at "
                 f"least 1, and fit n_ctx={n_ctx}"
             )
-        if not temperature >= 0 or (temperature > 0 and generator is None):
+        if not 0 <= temperature < math.inf or (temperature > 0 and generator is None):
             raise ValueError(
                 f"temperature={temperature} with generator={generator}: pass temperature=0 for "
                 "greedy decoding, or a temperature > 0 and a torch.Generator"
@@ -202,7 +205,7 @@ def check_tokens(
             f"{name} must be an int64 tensor [batch pos], got {type(tokens).__name__}; "
             "model.to_tokens(text) makes one of a text"
         )
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
+    if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"{name} must be [batch pos], got shape {tuple(tokens.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64, got {tokens.dtype}; use {name}.long()")
@@ -221,13 +224,22 @@ def check_tokens(
             f"{name} reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
             "shorten them or build the model with a larger n_ctx"
         )
-    if tokens.device.type == "cpu" and tokens.numel():
+    if tokens.device.type == "cpu":
         low, high = (int(t) for t in tokens.aminmax())
         if low < 0 or high >= config.d_vocab:
             raise ValueError(
                 f"{name} range over {low}..{high}, d_vocab is {config.d_vocab}; "
                 "was the text encoded with this model's tokenizer?"
             )
+
+
+def check_mask(name: str, mask: Any, tokens: Tensor, like: str, kept: str) -> None:
+    """Raise unless argument `name` is a bool tensor of the shape of `tokens`."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tokens.shape:
+        raise ValueError(
+            f"{name} must be a bool tensor {list(tokens.shape)} {like}, got {describe(mask)}; "
+            f"True keeps a {kept}"
+        )
 
 
 def next_token_loss(
@@ -249,11 +261,7 @@ def next_targets(
         raise ValueError(f"a loss needs at least 2 tokens, got shape {tuple(tokens.shape)}")
     targets = tokens[:, 1:].long()
     if loss_mask is not None:
-        if loss_mask.dtype != torch.bool or loss_mask.shape != tokens.shape:
-            raise ValueError(
-                f"loss_mask must be a bool tensor {list(tokens.shape)} as the tokens are, got "
-                f"{loss_mask.dtype} {list(loss_mask.shape)}; True keeps a target"
-            )
+        check_mask("loss_mask", loss_mask, tokens, "as the tokens are", "target")
         if not loss_mask[:, 1:].any():
             raise ValueError(
                 "loss_mask keeps no target (position 0 is none); the mean is undefined"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from smearlens._explain import explained
 from smearlens.models.base import HookedModel
 from smearlens.models.files import ModelFileError, find_folder, load_folder, read_description
 
@@ -24,6 +25,7 @@ def family(name: str) -> type[HookedModel]:
     return getattr(import_module(FAMILIES[name]), name)
 
 
+@explained
 def load_model(path: str | Path) -> HookedModel:
     """Load a saved model of whatever class its `config.json` names."""
     folder = find_folder(path)

@@ -6,6 +6,7 @@ Works for any class with a `config` and a `config_class`. Leaves out which class
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ def save_folder(model: Any, folder: Path) -> None:
     """Write the weights of `model`, then `config.json` with their sha256."""
     from safetensors.torch import save
 
+    if model.save_instead:
+        raise TypeError(f"a {type(model).__name__} is not saved: save {model.save_instead}")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}  # untied
     write_atomically(folder / "model.safetensors", save(weights))
@@ -36,7 +39,14 @@ def save_folder(model: Any, folder: Path) -> None:
         "config": asdict(model.config),
         "sha256": sha256(folder / "model.safetensors"),
     }
-    write_atomically(folder / "config.json", json.dumps(description, indent=2) + "\n")
+    sealed = {**description, "seal": seal(description)}
+    write_atomically(folder / "config.json", json.dumps(sealed, indent=2) + "\n")
+
+
+def seal(description: dict[str, Any]) -> str:
+    """The sha256 of a description: whatever is altered in `config.json` later is noticed."""
+    content = {key: description[key] for key in ("schema", "model", "config", "sha256")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_folder(cls: Any, folder: Path) -> Any:
@@ -48,8 +58,9 @@ def load_folder(cls: Any, folder: Path) -> Any:
             f"{cls.__name__}; use {description['model']}.from_pretrained, or load_model for any"
         )
     weights = folder / "model.safetensors"
-    if not weights.exists():
-        raise ModelFileError(f"{weights}: missing; save the model again with save_pretrained")
+    if not weights.is_file():
+        found = "not a file" if weights.exists() else "missing"
+        raise ModelFileError(f"{weights}: {found}; save the model again with save_pretrained")
     found = sha256(weights)
     if found != description["sha256"]:
         raise ModelFileError(
@@ -57,7 +68,9 @@ def load_folder(cls: Any, folder: Path) -> Any:
             "the file was altered or cut off: fetch or save it again"
         )
     try:
-        model = cls(from_dict(cls.config_class, description["config"], str(folder / "config.json")))
+        config = from_dict(cls.config_class, description["config"], str(folder / "config.json"))
+        _require_seal(description, folder / "config.json")
+        model = cls(config)
     except ValueError as error:
         raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
     state = read_weights(weights)
@@ -138,7 +151,10 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"{path}: found schema {found['schema']!r}, expected {SCHEMA}; update smearlens, "
                 "or save the model again with save_pretrained"
             )
-        description = {key: found[key] for key in ("model", "config", "sha256")}
+        if unknown := sorted(set(found) - {"schema", "model", "config", "sha256", "seal"}):
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        description = {key: found[key] for key in ("schema", "model", "config", "sha256")}
+        description["seal"] = found.get("seal")
         if not all(isinstance(description[key], str) for key in ("model", "sha256")):
             raise TypeError("model and sha256 must be strings")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,6 +163,15 @@ def read_description(folder: Path) -> dict[str, Any]:
             "model, config, sha256; restore it or save the model again with save_pretrained"
         ) from error
     return description
+
+
+def _require_seal(description: dict[str, Any], path: Path) -> None:
+    """Raise if something in `config.json` is not as it was written; older files have no seal."""
+    if description["seal"] not in (None, seal(description)):
+        raise ModelFileError(
+            f"{path}: found contents that were altered since they were written, expected its own "
+            "seal; fetch or save it again, or, if the edit is meant, take the seal out of the file"
+        )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from smearlens.models.base import HookedModel, Preset
 from smearlens.models.decoder import (
     ABSOLUTE,
     check_choice,
+    check_mask,
     check_sizes,
     check_tokens,
     next_token_loss,
@@ -260,11 +261,7 @@ class Seq2Seq(HookedModel):
 
     def _encode(self, source: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos d_model"]:
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != source.shape:
-                raise ValueError(
-                    f"source_mask must be a bool tensor {list(source.shape)} as source is, got "
-                    f"{mask.dtype} {list(mask.shape)}; True keeps a token"
-                )
+            check_mask("source_mask", mask, source, "as source is", "token")
             if not mask.any(1).all():
                 raise ValueError("source_mask must keep a token of every source; one has none")
         return self.encoder(source, source_mask=mask)
@@ -280,6 +277,7 @@ class SourcedDecoder(HookedModel):
 
     config_class = Seq2SeqConfig
     presets = {}  # noqa: RUF012
+    save_instead = "the Seq2Seq whose decoder it is; decoder_given(source) makes this again"
 
     def __init__(self, model: Seq2Seq, source: Int[Tensor, "1 source"]):
         check_tokens("source", source, model.config, model.unembed.weight.device)

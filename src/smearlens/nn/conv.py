@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint
 
 _TILE = 2**18  # numbers per tile: 1 MB of float32, so that all taps find it in the cache
@@ -138,10 +139,10 @@ def _tiles(batch: int, length: int, channels: int) -> Iterator[tuple[slice, int,
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, future: int) -> None:
     channels, taps = weight.shape
-    if x.ndim != 3 or x.shape[2] != channels:
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != channels:
         raise ValueError(
             f"x must be [batch pos channel] with the {channels} channels of the weight "
-            f"[channel tap], got {list(x.shape)}"
+            f"[channel tap], got {list(x.shape) if isinstance(x, Tensor) else describe(x)}"
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [channel] = [{channels}], got {list(bias.shape)}")
@@ -151,6 +152,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, future: int) -> None:
         )
 
 
+@explained
 class DepthwiseConv(nn.Module):
     r"""y[t, c] = b[c] + Σ_i w[c, i] · x[t - lags[i], c], one kernel per channel.
 
@@ -251,6 +253,7 @@ class DepthwiseConv(nn.Module):
         return f"{channels}, kernel_size={taps}, causal={self.causal}, bias={self.bias is not None}"
 
 
+@explained
 class KeySmear(nn.Module):
     r"""Smeared keys: each head mixes the previous key into every key but the first.
 
@@ -284,6 +287,9 @@ class KeySmear(nn.Module):
             k: keys as projected
             state: the last key of earlier calls under `{name}.last`; read and updated
         """
+        heads = len(self.alpha)
+        if not isinstance(k, Tensor) or k.ndim != 4 or k.shape[2] != heads:
+            raise ValueError(f"k must be [batch pos head={heads} d_head], got {describe(k)}")
         last = None if state is None else state.get(f"{self.name}.last")
         if state is not None:
             state[f"{self.name}.last"] = k[:, -1:].clone()

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.behaviour import (
     icl_score,
     induction_accuracy,
@@ -33,6 +34,7 @@ from smearlens.training.randomness import observing
 Numbers = dict[str, float]
 
 
+@explained
 class AttentionTracking:
     """Measures attention, layer similarity and losses of a model as flat names and numbers.
 
@@ -133,6 +135,7 @@ class AttentionTracking:
         return found
 
 
+@explained
 class GenerationTracking:
     """The same statistics and similarities along text that the model writes: `generated/…`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from smearlens._explain import explained
 from smearlens.data.batches import Tokens, evaluation_windows
 from smearlens.models.base import HookedModel
 from smearlens.training.randomness import observing
@@ -38,6 +39,7 @@ class TextLoss:
         return self.nats_per_character / math.log(2)
 
 
+@explained
 def text_loss(
     model: HookedModel,
     tokens: Tokens,

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from smearlens._explain import explained
 from smearlens.training.randomness import observing
 
 MetricFunction = Callable[[nn.Module], Mapping[str, float]]
@@ -48,6 +49,7 @@ class Callback(Protocol):
         ...
 
 
+@explained
 class Tracker:
     """Runs metric functions at chosen steps and writes their results to `tracking.jsonl`.
 
@@ -100,6 +102,7 @@ class Tracker:
         moment.write("tracking", row)
 
 
+@explained
 class GradientNorms:
     """Writes the gradient norm of every parameter, before clipping, to `gradient_norms.jsonl`.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from smearlens._explain import explained
 from smearlens.analysis.behaviour import per_token_loss
 from smearlens.analysis.stats import proportion_interval
 from smearlens.data.pig_latin import Pair, PigLatinVocabulary
@@ -77,6 +78,7 @@ class WordScores:
         return proportion_interval(self.right, self.total, level)
 
 
+@explained
 def score_words(
     model: HookedModel,
     pairs: Sequence[Pair],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.layers import mixings
 from smearlens.analysis.mixing.state_space import ChannelMixing, SSMMixing
@@ -142,6 +143,7 @@ class ImplicitMixing(ChannelMixing):
         return found.mul_(self._gate[:, start : start + size].mT[..., None])
 
 
+@explained
 def implicit_mixings(
     cache: Mapping[str, Tensor] | Any, *, skips: Mapping[str, Tensor] | None = None
 ) -> dict[str, ImplicitMixing]:

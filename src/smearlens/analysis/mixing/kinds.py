@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing import streaming
 
 
@@ -48,6 +49,8 @@ class Mixing(ABC):
 
     def blocks(self, size: int = 128) -> Iterator[tuple[int, int, Tensor]]:
         """Go through all rows, `size` at a time, as (start, stop, rows)."""
+        if size < 1:
+            raise ValueError(f"size must be at least 1 row, got {size}")
         for start in range(0, self.n_queries, size):
             stop = min(start + size, self.n_queries)
             yield start, stop, self.rows(start, stop)
@@ -78,6 +81,7 @@ class Mixing(ABC):
         return first, last
 
 
+@explained
 class DenseMixing(Mixing):
     """A matrix that exists: an attention pattern [batch head query key]."""
 

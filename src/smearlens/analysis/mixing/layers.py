@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from smearlens._explain import explained
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing, Mixing, SoftmaxMixing
 from smearlens.analysis.mixing.state_space import SSMMixing
@@ -17,6 +18,7 @@ from smearlens.analysis.mixing.state_space import SSMMixing
 Kind = Literal["attention", "conv", "ssm"]
 
 
+@explained
 def mixings(
     cache: Mapping[str, Tensor] | Any,
     *,
@@ -41,6 +43,10 @@ def mixings(
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     if unknown := set(kinds) - set(get_args(Kind)):
         raise ValueError(f"unknown kind {sorted(unknown)}; allowed: {list(get_args(Kind))}")
+    if not hasattr(cache, "keys"):
+        raise TypeError(
+            f"cache must map hook names to tensors, as run_with_cache returns it, got {cache!r:.60}"
+        )
     names = list(cache.keys())
     found: dict[str, Mixing] = {}
     for name in names:
@@ -75,6 +81,8 @@ def _batched(x: Tensor, ndim: int, name: str) -> Tensor:
     """`x` with its batch axis, which a cache may have dropped."""
     if x.ndim not in (ndim, ndim - 1):
         raise ValueError(f"{name} must have {ndim} axes (or {ndim - 1}), got {tuple(x.shape)}")
+    if not x.numel():
+        raise ValueError(f"{name} is empty: {tuple(x.shape)}; run the model on at least one token")
     return x if x.ndim == ndim else x[None]
 
 

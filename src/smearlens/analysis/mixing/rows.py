@@ -51,8 +51,9 @@ class RowOptions:
             )
         for name in ("query_mask", "key_mask"):
             mask = getattr(self, name)
-            if mask is not None and mask.dtype != torch.bool:
-                raise TypeError(f"{name} must be a bool tensor (True counts), got {mask.dtype}")
+            if mask is not None and getattr(mask, "dtype", None) != torch.bool:
+                given = getattr(mask, "dtype", type(mask).__name__)
+                raise TypeError(f"{name} must be a bool tensor (True counts), got {given}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> 
     mass = (rows.abs() if raw else rows).sum(-1, keepdim=True)
     full = ((mass > 0) & mass.isfinite()).squeeze(-1)  # one bad entry spoils the sum
     if not plain and options.renormalise and not raw:
-        rows = rows / mass.clamp_min(1e-30)
+        rows = rows / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     if options.query_mask is not None:
         mask = _fitted("query_mask", options.query_mask, mixing, mixing.n_queries)
         full = full & mask[:, None, start : start + rows.shape[-2]]
@@ -287,10 +288,10 @@ def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _pattern_mixing(pattern: Tensor) -> Mixing:
-    if pattern.ndim not in (2, 3, 4):
+    if pattern.ndim not in (2, 3, 4) or not pattern.numel():
         raise ValueError(
-            "a pattern is [batch head query key], [head query key] or [query key], got shape "
-            f"{tuple(pattern.shape)}"
+            "a pattern is [batch head query key], [head query key] or [query key], no axis empty, "
+            f"got shape {tuple(pattern.shape)}"
         )
     if not pattern.is_floating_point():
         raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
