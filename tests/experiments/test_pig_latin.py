@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from smearlens.data.pig_latin import PairBatches, pig_latin_pairs, to_pig_latin
+from smearlens.data.pig_latin import PairBatches, PairSplit, pig_latin_pairs, to_pig_latin
 from smearlens.experiments.grid import Cell, run_grid
 from smearlens.experiments.pig_latin import mamba as mamba_pig_latin
 from smearlens.experiments.pig_latin import transformer as pig_latin
@@ -13,9 +13,12 @@ from smearlens.experiments.pig_latin.evidence import (
     alignment_scores,
     equal_lengths,
     keys_from_other_words,
-    letters_near_start,
     previous_scores,
     start_exchanged,
+)
+from smearlens.experiments.pig_latin.letters import (
+    dash_near_end,
+    letters_near_start,
     vowels_together,
 )
 from smearlens.experiments.pig_latin.looks import gather
@@ -23,15 +26,20 @@ from smearlens.experiments.pig_latin.mamba_evidence import (
     Words,
     closed_form,
     exchange,
+    exchange_window,
     memory,
     negative_decays,
+    same_length,
 )
 from smearlens.experiments.pig_latin.mamba_verdicts import constant_delta, weights_decay
 from smearlens.experiments.pig_latin.mamba_verdicts import judge as judge_mamba
 from smearlens.experiments.pig_latin.paired import compare, runs_of
+from smearlens.experiments.pig_latin.parity import NAMES, parities, parity_run, parity_runs
+from smearlens.experiments.pig_latin.parts import kinds_part
 from smearlens.experiments.pig_latin.tables import MAMBA, TRANSFORMER, fill
 from smearlens.experiments.pig_latin.task import (
     alignment,
+    describe,
     forced_counts,
     load_pairs,
     pair_task,
@@ -115,6 +123,20 @@ def test_lists_come_from_a_folder_or_from_the_embedded_words(tmp_path):
         load_pairs("large", str(tmp_path))
 
 
+def test_a_list_is_described_by_the_rule_its_exceptions_and_its_words():
+    train = (("quit", "uitqay"), ("quit", "itquay"), ("md", "mayday"), ("team", "eamtay"))
+    found = describe(PairSplit(train, (("eat", "eatway"), ("by-and-by", "ybay-andway-ybay"))))
+    assert (found["follow"], found["leave_u"], found["contradictions"]) == (4, 1, 1)
+    assert found["exceptions"] == [("md", "mayday")]
+    assert (found["letters"], found["vowel_first"]) == ([3, 9], "10")
+    study = {"lists": {"small": found}, "measures": variant("small", "m", "10", "11")}
+    (row,) = kinds_part(study, ["small/m"]).table[1:]
+    assert row[1] == "1.000 [1.000, 1.000] of 1"
+    assert row[2] == row[4] == "no such word"
+    assert row[3].startswith("0.500 [")
+    assert row[5] == row[1]
+
+
 # Comparisons -----------------------------------------------------------------------------------
 
 
@@ -156,6 +178,7 @@ def transformer_world(**changes):
         "base": 0.90, "no positions": 0.50, "trained positions": 0.96, "2 heads": 0.9,
         "8 heads": 0.95, "16 heads": 0.85, "width 32": 0.8, "1 + 1 layers": 0.8,
         "4 + 4 layers": 0.8, "beast small": 0.97, "beast large": 0.9,
+        "beast small, sinusoids": 0.91, "beast small, no positions": 0.51,
         **changes.get("accuracy", {}),
     }  # fmt: skip
     seen = {"previous": 0.9, "aligned": 0.8, "lost": 0.5, "others": 0.1, "z": 4.0, "gain": 0.3}
@@ -168,7 +191,7 @@ def transformer_world(**changes):
             run["evidence"] = {
                 "previous": {"scores": [[seen["previous"] + wiggle, 0.1]]},
                 "alignment": {"mass": [[seen["aligned"] + wiggle, 0.1]]},
-                "keys": {"clean": 0.9,
+                "keys": {"clean": 0.9, "whole": 0.2,
                          "changed": [[0.9 - seen["lost"] - wiggle, 0.9 - seen["others"]]]},
                 "letters": {"[SOS] to vowels": {"z": seen["z"] + wiggle}},
                 "start": {"vowels": 0.5 + seen["gain"] + wiggle, "consonants": 0.5, "nothing": 0.1},
@@ -188,7 +211,7 @@ def transformer_world(**changes):
         (14, "supported", {}),
         (14, "refuted", {"seen": {"z": 0.3}}),
         (14, "undecided", {"seen": {"gain": -0.1}}),
-        (15, "refuted", {"accuracy": {"no positions": 0.3}}),
+        (15, "refuted", {"accuracy": {"beast small, no positions": 0.3}}),
         (16, "supported", {}),
         (16, "refuted", {"accuracy": {"beast large": 0.99}}),
         (16, "undecided", {"accuracy": {"16 heads": 0.95}}),
@@ -207,12 +230,16 @@ def test_the_other_heads_are_those_that_are_not_the_best():
             run["evidence"] = {
                 "previous": {"scores": [[0.1, 0.2, 0.3], [0.2, 0.9, 0.1]]},
                 "alignment": {"mass": [[0.3, 0.2, 0.1], [0.1, 0.8, 0.7]]},
-                "keys": {"clean": 0.9, "changed": [[0.8, 0.85, 0.9], [0.75, 0.4, 0.95]]},
+                "keys": {
+                    "clean": 0.9,
+                    "whole": 0.2,
+                    "changed": [[0.8, 0.85, 0.9], [0.75, 0.4, 0.95]],
+                },
             }
             found.append(run)
     means = [f.estimate.mean for f in previous_token_head(found).findings]
     others = 0.9 - (0.8 + 0.85 + 0.9 + 0.75 + 0.95) / 5
-    assert means == pytest.approx([0.9, 0.8, 0.5, others, 0.5 - others] * 2)
+    assert means == pytest.approx([0.9, 0.8, 0.5, others, 0.5 - others, 0.7] * 2)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +253,8 @@ def test_the_other_heads_are_those_that_are_not_the_best():
 def test_claim_15_needs_both_figures_inside_intervals_that_exclude_zero(outcome, without, trained):
     found = []
     for name, shares in {
-        "base": (0.9, 0.9, 0.9), "no positions": without, "trained positions": trained,
+        "beast small, sinusoids": (0.9, 0.9, 0.9), "beast small, no positions": without,
+        "beast small": trained,
     }.items():  # fmt: skip
         found += variant("small pairs", name, *(share(s) for s in shares))
     assert positions(found).outcome == outcome
@@ -239,18 +267,26 @@ MAMBA_NAMES = {
         "A learned, constant", "A learned, position", "kernel 4", "small", "small, kernel 16",
     ),
     "small pairs": ("beast small",), "large": ("large",), "large pairs": ("beast small",),
+    "large pairs paced": ("beast small",),
 }  # fmt: skip
 
 
 def mamba_world(accuracy=None, *, seeds=3, **seen):
     """Outcomes by claim; every variant has accuracy 0.8 unless said."""
     found = []
-    seen = {"form": 1e-7, "states": 0.99, "cut": 0.99, "later": 0.99, **seen}
+    seen = {
+        "form": 1e-7, "states": 0.99, "cut": 0.99, "later": 0.99, "both": 1.0, "third": 0.0,
+        "network": 1.0, "parity": 0.95, **seen,
+    }  # fmt: skip
     for task, names in MAMBA_NAMES.items():
         for name in names:
             value = (accuracy or {}).get(f"{task}/{name}", 0.8)
             for run in variant(task, name, *(share(value, s) for s in range(seeds))):
-                moved = {"clean": 1.0, "not exchanged": 0.0, "states, convolution cut": 0.5}
+                moved = {
+                    "clean": 1.0, "not exchanged": 0.0, "states, convolution cut": 0.5,
+                    "windows": 0.1, "own states": 1.0, "states and windows": seen["both"],
+                    "a third word's states": seen["third"],
+                }  # fmt: skip
                 run["evidence"] = {
                     "negative_decays": 0.1,
                     "frozen_delta": {"clean": 0.8, "frozen": 0.1},
@@ -266,6 +302,12 @@ def mamba_world(accuracy=None, *, seeds=3, **seen):
                     },
                 }  # fmt: skip
                 found.append(run)
+    for name in NAMES:
+        right = seen["network" if name == "tanh network" else "parity"]
+        found += [
+            {"task": "parity", "name": name, "seed": s, "beyond": right - 0.001 * s}
+            for s in range(seeds)
+        ]
     return {v.claim.number: v.outcome for v in judge_mamba(found)}
 
 
@@ -290,10 +332,16 @@ BEATS = {"small/small": 0.9, "large/large": 0.9}
         (21, "supported", {}, {}),
         (21, "refuted", {}, {"later": 0.1}),
         (21, "undecided", {}, {"later": 0.7}),
+        (21, "undecided", {}, {"both": 0.9}),  # a control fails
+        (21, "undecided", {}, {"third": 0.9}),
+        (21, "refuted", {}, {"parity": 0.5}),
+        (21, "supported", {}, {"parity": 0.5, "network": 0.5}),  # says nothing of a recurrence
         (23, "supported", BEATS, {}),
         (23, "refuted", {"small pairs/beast small": 0.9}, {}),
         (23, "undecided", {**BEATS, "large/large": 0.7}, {}),
         (23, "undecided", {}, {}),
+        (23, "undecided", {**BEATS, "large pairs paced/beast small": 0.9}, {}),
+        (23, "refuted", {"large/large": 0.9, "large pairs paced/beast small": 0.97}, {}),
     ],
 )
 def test_mamba_verdicts(number, outcome, accuracy, seen):
@@ -324,28 +372,78 @@ def test_one_seed_proves_nothing_and_neither_does_a_base_that_has_not_learnt():
 # What is read from trained models ----------------------------------------------------------------
 
 
+FIVES = list(pig_latin_pairs(min_letters=5, max_letters=5))[::211][:7]
+
+
 def test_states_and_convolution_together_carry_a_word():
     model = tiny("joined")
-    _fit(model, "joined", steps=150)
-    words = Words(tuple(PAIRS[:7]))
-    moved = exchange(model, words, 0)
-    assert moved["words"] == 7
-    assert memory(model, words)["clean"] == moved["clean"] > 0
+    _fit(model, "joined", steps=150, pairs=FIVES)
+    words = Words(tuple(FIVES))
+    for offset in (0, 1, 2):
+        moved = exchange(model, words, offset)
+        assert moved["words"] == 7
+        assert moved["own states"] == moved["states and windows"] == moved["clean"] > 0
+        assert moved["states"] < moved["clean"]  # the window of 5 tokens holds some of the word
+        assert moved["a third word's states"] < moved["clean"]
+    assert memory(model, words)["clean"] == exchange(model, words, 0)["clean"]
     assert negative_decays(model, words) == 0  # Mamba's rule has none
+
+
+def test_a_window_of_one_token_above_no_layer_carries_nothing():
+    sizes = {"d_vocab": 29, "d_model": 14, "d_state": 5, "n_ctx": 40, "kernel_size": 1}
+    torch.manual_seed(0)
+    model, words = Mamba(MambaConfig(**sizes, n_layers=1)).eval(), Words(tuple(FIVES))
+    hooks = exchange_window(model, words.tokens.roll(1, 0), words.end)
+    with torch.no_grad():
+        logits = model.run_with_hooks(words.tokens, fwd_hooks=hooks)
+        torch.testing.assert_close(logits, model(words.tokens))
+
+
+def test_an_exchanged_window_changes_the_past_of_later_outputs_only():
+    model, words = tiny("joined"), Words(tuple(FIVES))
+    other, at = words.tokens.roll(1, 0), words.end
+    with torch.no_grad():
+        _, own = model.run_with_cache(words.tokens)
+        _, theirs = model.run_with_cache(other)
+        with model.hooks(exchange_window(model, other, at)):
+            _, found = model.run_with_cache(words.tokens)
+    name, end = "blocks.0.conv.hook_out", int(at[0])
+    assert torch.equal(found[name][:, :end], own[name][:, :end])
+    torch.testing.assert_close(found[name][:, end], theirs[name][:, end])
+    assert not torch.allclose(found[name][:, end + 3], own[name][:, end + 3])  # of 5 taps
+    torch.testing.assert_close(found[name][:, end + 5 :], own[name][:, end + 5 :])
+
+
+def test_words_are_exchanged_with_two_others_of_their_length():
+    words = Words(tuple((w, to_pig_latin(w)) for w in ("ab", "cd", "team", "ef", "word", "gh")))
+    assert same_length(words, 0) == [(0, 5, 3), (1, 0, 5), (3, 1, 0), (5, 3, 1)]
+    with pytest.raises(ValueError, match=r"no three of 6 words .* more than 6 letters"):
+        same_length(words, 6)
 
 
 def test_states_alone_carry_a_word_where_the_convolution_sees_one_token():
     sizes = {"d_vocab": 29, "d_model": 14, "d_state": 5, "n_ctx": 40, "kernel_size": 1}
     torch.manual_seed(0)
     model = Mamba(MambaConfig(**sizes, n_layers=2)).eval()
-    few = tuple(sorted(PAIRS, key=lambda pair: len(pair[0]))[:7])
-    _fit(model, "joined", steps=150, pairs=few)
-    words = Words(few)
+    _fit(model, "joined", steps=150, pairs=FIVES)
+    words = Words(tuple(FIVES))
     for offset in (0, 1, 2):
         moved = exchange(model, words, offset)
         assert moved["states"] == moved["states, convolution cut"] == moved["clean"]
     assert words.right(model, []).any()
     assert memory(model, words)["convolution cut at [EOS]"] == memory(model, words)["clean"]
+
+
+def test_a_tanh_network_keeps_parity_up_and_runs_are_made_once(tmp_path):
+    assert parities(torch.tensor([[0, 1, 1, 0, 1]])).tolist() == [[0, 1, 0, 0, 1]]
+    found = parity_run("tanh network", seed=1, steps=400)
+    assert found["within"] > 0.99
+    assert found["beyond"] > 0.9
+    first = parity_runs(tmp_path, seeds=1, steps=2)
+    assert [m["name"] for m in first] == list(NAMES)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "parity").iterdir()}
+    assert parity_runs(tmp_path, seeds=1, steps=2) == first
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "parity").iterdir()}
 
 
 def test_closed_form_of_states_holds_from_the_next_token_on():
@@ -383,8 +481,13 @@ def test_keys_of_another_word_are_those_of_an_encoder_edited_by_hand(translator)
     """Each head of the last layer: the encoder's end and the keys' projections, written out."""
     model, batches = translator
     block, width = model.encoder.blocks[1], model.config.d_model
-    expected, total = [0, 0, 0], 0
+    expected, whole, total = [0, 0, 0], 0, 0
     for batch in batches:
+        _, foreign = model.run_with_cache(batch.source.roll(1, 0), batch.target)
+        names = [name for name in foreign if name.endswith("cross_attn.hook_k")]
+        hooks = [(name, lambda k, hook, new=foreign[name]: new) for name in names]
+        logits = model.run_with_hooks(batch.source, batch.target, fwd_hooks=hooks)
+        whole += int((logits[:, :-1].argmax(-1) == batch.target[:, 1:]).all(1).sum())
         _, cache = model.run_with_cache(batch.source, batch.target)
         z = cache["encoder.blocks.1.attn.hook_z"]
         total += len(z)
@@ -405,6 +508,7 @@ def test_keys_of_another_word_are_those_of_an_encoder_edited_by_hand(translator)
             expected[head] += sum(all(row) for row in hits.tolist())
     found = keys_from_other_words(model, batches)
     assert found["changed"][1] == [right / total for right in expected]
+    assert found["whole"] == whole / total
     assert set(found["changed"][1]) != {found["clean"]}  # else the comparison says little
 
 
@@ -432,7 +536,7 @@ def test_another_start_is_another_row_of_the_embedding(translator):
 @torch.no_grad()
 def test_scores_of_heads_equal_loops_over_words(translator):
     model, batches = translator
-    previous, mass, accuracy, before = ([[], []] for _ in range(4))
+    previous, itself, mass, accuracy, before, first = ([[], []] for _ in range(6))
     for batch in batches:
         _, cache = model.run_with_cache(batch.source, batch.target)
         for layer in range(2):
@@ -444,6 +548,12 @@ def test_scores_of_heads_equal_loops_over_words(translator):
                     [sum(own[i, h, q, q - 1].item() for q in range(1, len(row))) / len(word)
                      for h in range(3)]
                 )  # fmt: skip
+                itself[layer].append(
+                    [sum(own[i, h, q, q].item() for q in range(len(row))) / len(row)
+                     for h in range(3)]
+                )  # fmt: skip
+                start = alignment(word)[0]
+                first[layer].append([cross[i, h, 0, start].item() for h in range(3)])
                 places = [(q, k) for q, k in enumerate(alignment(word)) if k >= 0]
                 for kept, of in (
                     (mass, lambda p, q, k: p[q, k].item()),
@@ -463,6 +573,8 @@ def test_scores_of_heads_equal_loops_over_words(translator):
     found = alignment_scores(model, batches)
     for name, table, kept in (
         ("previous", previous_scores(model, batches)["scores"], previous),
+        ("itself", previous_scores(model, batches)["self"], itself),
+        ("first", found["first"], first),
         ("mass", found["mass"], mass),
         ("accuracy", found["accuracy"], accuracy),
         ("mass one before", found["mass one before"], before),
@@ -485,6 +597,9 @@ def test_letters_planted_near_the_start():
     drawn = 5 * (5 / 26) * (21 / 26) * (21 / 25)  # variance of how many of 5 drawn are vowels
     spread = (1 / 5 + 1 / 21) * drawn**0.5
     assert found["z"] == pytest.approx(1 / spread, rel=0.1)
+    letters[26], letters[28] = 5 * torch.eye(24)[23], 2 * torch.eye(24)[23]
+    assert dash_near_end(model)["value"] == pytest.approx(1)
+    assert dash_near_end(model)["z"] > 2
     together = vowels_together(model)
     assert together["value"] == pytest.approx(1)
     assert together["z"] > 5
@@ -511,6 +626,8 @@ def test_evidence_is_made_once_and_read_again(tmp_path):
     for _ in range(2):
         seen = gather(cells, found, tmp_path, look)
     assert asked == ["a", "b"]
+    gather(cells, found, tmp_path, look, version=2)
+    assert asked == ["a", "b"] * 2
     assert seen[0]["evidence"] == {"width": 6}
     assert "evidence" not in seen[1]
 
@@ -553,6 +670,7 @@ def test_the_study_runs_end_to_end_and_finds_everything_done(tmp_path, monkeypat
     assert "conditioning: cross attention" in page
     assert "words of tiny Shakespeare" in page
     assert (tmp_path / "tables" / "positions.md").read_text().count("\n") == 5
+    assert "acrosssway" in (tmp_path / "tables" / "mistakes-of-the-write-up.md").read_text()
 
 
 def test_sizes_are_checked():

@@ -2,8 +2,8 @@
 
 Scores and interventions on held-out words of equal lengths, batch by batch: previous-token scores
 of the encoder, cross attention against the rule's alignment, another word's previous tokens put
-into the keys of cross attention, the embedding of [SOS] exchanged, letters as vectors. Leaves out
-training and verdicts.
+into the keys of cross attention, the embedding of [SOS] exchanged; and what a model makes of the
+words that the write-up's got wrong. Leaves out training, letters as vectors (`letters`), verdicts.
 """
 
 from __future__ import annotations
@@ -12,29 +12,56 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from smearlens.analysis.detection import alignment_mass
 from smearlens.analysis.heads import prev_token_score
+from smearlens.analysis.patterns import self_mass
 from smearlens.causal.ablate import Hooks, replace_with
-from smearlens.data.pig_latin import Pair, PairBatches, PairSplit, PigLatinVocabulary
+from smearlens.data.pig_latin import (
+    Pair,
+    PairBatches,
+    PairSplit,
+    PigLatinVocabulary,
+    to_pig_latin,
+)
 from smearlens.experiments.grid import Cell
+from smearlens.experiments.pig_latin.letters import CONSONANTS, VOWELS, letters
 from smearlens.experiments.pig_latin.task import alignment, pair_tensors
 from smearlens.models.base import HookedModel
 
 WORDS = 256  # held-out words that everything is measured on
 LOOKED_INTO = ("2 heads", "beast small")
+LETTERS_OF = (*LOOKED_INTO, "base", "width 32")
+WROTE = ("base", "beast small")
 SHOWN = ("brown", "conditioning", "is")  # the words of the write-up
-VOWELS = [0, 4, 8, 14, 20]
-CONSONANTS = [i for i in range(26) if i not in VOWELS]
-SHUFFLES = 2000
+WRONG = {  # words that the write-up's base and its tuned model got wrong, and what they wrote
+    "across": "acrosssway",
+    "adieus": "adieussway",
+    "ankle": "ankleeway",
+    "good-humoured": "oodgay-mouray-odha",
+    "pleasure-grounds": "easureplay-ouredsplay",
+    "strengthening": "engtheneningstra",
+    "thoughtfulness": "oughtfulneststhay",
+}
+VERSION = 2  # of what is asked here
 
 
 def evidence(model: HookedModel, cell: Cell, *, split: PairSplit) -> dict[str, Any] | None:
-    """What is asked of a trained model; None of all but the two that are looked into."""
-    if cell.name not in LOOKED_INTO or not cell.task.startswith("small"):
-        return None
+    """What is asked of a trained model; None of all but the few that are looked into."""
+    found: dict[str, Any] = {}
+    if cell.task == "small pairs" and cell.name in LETTERS_OF:
+        found["letters"] = letters(model)
+    if cell.task == "small pairs" and cell.name in WROTE and cell.seed == 0:
+        found["wrong"] = retried(model, split)
+    if cell.task == "small pairs" and cell.name in LOOKED_INTO:
+        found |= heads(model, cell, split)
+    return found or None
+
+
+def heads(model: HookedModel, cell: Cell, split: PairSplit) -> dict[str, Any]:
+    """Scores and interventions of every seed; patterns and embeddings of seed 0."""
     batches = list(equal_lengths(split.validation[:WORDS]))
     if not batches:
         raise ValueError(
@@ -46,10 +73,6 @@ def evidence(model: HookedModel, cell: Cell, *, split: PairSplit) -> dict[str, A
         "alignment": alignment_scores(model, batches),
         "keys": keys_from_other_words(model, batches),
         "start": start_exchanged(model, batches),
-        "letters": {
-            "[SOS] to vowels": letters_near_start(model),
-            "vowels together": vowels_together(model),
-        },
     }
     if cell.seed == 0:
         found["patterns"] = {word: patterns(model, word) for word in SHOWN}
@@ -57,6 +80,17 @@ def evidence(model: HookedModel, cell: Cell, *, split: PairSplit) -> dict[str, A
         if model.config.positions == "learned-sinusoidal":
             found["positions"] = _rounded(model.get_parameter("encoder.pos_embed.table").detach())
     return found
+
+
+def retried(model: HookedModel, split: PairSplit) -> list[list[str]]:
+    """The write-up's mistakes: word, right, the write-up's, ours, whether ours trained on it."""
+    known = {word for word, _ in split.train}
+    rows = []
+    for word, wrong in WRONG.items():
+        written = model.translate(pair_tensors(word, "")["source"])[0]  # pyrefly: ignore[not-callable]
+        ours = PigLatinVocabulary().decode(written)
+        rows.append([word, to_pig_latin(word), wrong, ours, "yes" if word in known else "no"])
+    return rows
 
 
 class Batch:
@@ -98,22 +132,28 @@ def equal_lengths(pairs: tuple[Pair, ...]) -> Iterator[Batch]:
 
 
 def previous_scores(model: HookedModel, batches: list[Batch]) -> dict[str, Any]:
-    """Mean weight of every encoder head on the token before, [layer][head], and that of chance."""
+    """Mean weight of every encoder head on the token before, [layer][head], and that of chance.
+
+    `self` is the weight on the token itself: what a head has that passes tokens on unchanged.
+    """
     layers, uniform = _layers(model, "encoder", "attn"), []
-    scores: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    kinds = {"scores": prev_token_score, "self": self_mass}
+    seen: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in layers} for k in kinds}
     for batch in batches:
         cache = batch.cache(model, tuple(f"{layer}.hook_pattern" for layer in layers))
         uniform += [1 / batch.source.shape[1]] * len(batch.source)
         for layer in layers:
-            scores[layer].append(prev_token_score(cache[f"{layer}.hook_pattern"]))
-    found = [_rounded(torch.cat(scores[layer]).mean(0)) for layer in layers]
-    return {"scores": found, "chance": sum(uniform) / len(uniform)}
+            for kind, score in kinds.items():
+                seen[kind][layer].append(score(cache[f"{layer}.hook_pattern"]))
+    found = {k: [_rounded(torch.cat(seen[k][n]).mean(0)) for n in layers] for k in kinds}
+    return {**found, "chance": sum(uniform) / len(uniform)}
 
 
 def alignment_scores(model: HookedModel, batches: list[Batch]) -> dict[str, Any]:
     """Weight of every cross-attention head on the source of the next character, [layer][head].
 
-    Shift -1 is the source token before it: for most characters, the one just written.
+    Shift -1 is the source token before it: for most characters, the one just written. `first` is
+    the weight of [SOS] on the source of the first character.
     """
     layers, uniform = _layers(model, "decoder", "cross_attn"), []
     found: dict[str, Any] = {}
@@ -121,15 +161,19 @@ def alignment_scores(model: HookedModel, batches: list[Batch]) -> dict[str, Any]
         "mass": {},
         "accuracy": {"accuracy": True},
         "mass one before": {"shift": -1},
+        "first": {},
     }
     for name, options in kinds.items():
         scores: dict[str, list[Tensor]] = {layer: [] for layer in layers}
         for batch in batches:
             cache = batch.cache(model, tuple(f"{layer}.hook_pattern" for layer in layers))
             uniform += [1 / batch.source.shape[1]] * len(batch.source)
+            aligned = batch.aligned.clone()
+            if name == "first":
+                aligned[:, 1:] = -1
             for layer in layers:
                 pattern = cache[f"{layer}.hook_pattern"]
-                scores[layer].append(alignment_mass(pattern, batch.aligned, **options))
+                scores[layer].append(alignment_mass(pattern, aligned, **options))
         found[name] = [_rounded(torch.cat(scores[layer]).nanmean(0)) for layer in layers]
     return {**found, "chance": sum(uniform) / len(uniform)}
 
@@ -137,15 +181,19 @@ def alignment_scores(model: HookedModel, batches: list[Batch]) -> dict[str, Any]
 def keys_from_other_words(model: HookedModel, batches: list[Batch]) -> dict[str, Any]:
     """Share of right words when an encoder head tells the cross-attention keys of another word.
 
-    Head by head, [layer][head]: its output is that of the next word of the batch, and of all that
-    this changes only the keys of cross attention are kept; everything else is as it was.
+    Head by head, [layer][head]: its output is that of another word of the batch, and of all that
+    this changes only the keys of cross attention are kept; everything else is as it was. `whole` is
+    the share with all of these keys from the other word: what stays right is found by position.
     """
     layers = _layers(model, "encoder", "attn")
     keys = [f"{layer}.hook_k" for layer in _layers(model, "decoder", "cross_attn")]
     n_heads = model.config.n_heads
     right = {(layer, head): 0 for layer in layers for head in range(n_heads)}
-    clean = total = 0
+    clean = whole = total = 0
     for batch in batches:
+        foreign = batch.cache(model, tuple(keys))
+        swapped: Hooks = [(key, replace_with(foreign[key].roll(1, 0))) for key in keys]
+        whole += int(batch.right(model, swapped).all(1).sum())
         told = batch.cache(model, tuple(f"{layer}.hook_z" for layer in layers))
         clean += int(batch.right(model, []).all(1).sum())
         total += len(batch.source)
@@ -156,7 +204,7 @@ def keys_from_other_words(model: HookedModel, batches: list[Batch]) -> dict[str,
             hooks: Hooks = [(key, replace_with(cache[key])) for key in keys]
             right[layer, head] += int(batch.right(model, hooks).all(1).sum())
     changed = [[right[layer, head] / total for head in range(n_heads)] for layer in layers]
-    return {"clean": clean / total, "changed": changed}
+    return {"clean": clean / total, "whole": whole / total, "changed": changed}
 
 
 def start_exchanged(model: HookedModel, batches: list[Batch]) -> dict[str, float]:
@@ -187,33 +235,6 @@ def start_exchanged(model: HookedModel, batches: list[Batch]) -> dict[str, float
     return found
 
 
-def letters_near_start(model: HookedModel) -> dict[str, float]:
-    """Cosine of the decoder's [SOS] to the encoder's vowels minus that to its consonants.
-
-    As a number of standard deviations (`z`) among random choices of five letters.
-    """
-    start = _of(model, "decoder.embed").detach()[PigLatinVocabulary.sos]
-    letters = _of(model, "encoder.embed").detach()[:26]
-    cosines = torch.cosine_similarity(letters, start[None], dim=1)
-    return _against_shuffles(lambda order: _apart(cosines[order]))
-
-
-def vowels_together(model: HookedModel) -> dict[str, float]:
-    """Mean cosine between vowels minus that between vowels and consonants, and its z."""
-    letters = _of(model, "encoder.embed").detach()[:26]
-    unit = letters / letters.norm(dim=1, keepdim=True)
-    cosines = unit @ unit.T
-
-    def value(order: Tensor) -> float:
-        shuffled = cosines[order][:, order]
-        among = shuffled[VOWELS][:, VOWELS]
-        n = len(VOWELS)
-        within = (among.sum() - among.diagonal().sum()) / (n * (n - 1))
-        return float(within - shuffled[VOWELS][:, CONSONANTS].mean())
-
-    return _against_shuffles(value)
-
-
 def patterns(model: HookedModel, word: str) -> dict[str, Any]:
     """Every attention pattern on one word and the model's translation of it."""
     vocabulary = PigLatinVocabulary()
@@ -235,20 +256,6 @@ def patterns(model: HookedModel, word: str) -> dict[str, Any]:
     return {
         "source": vocabulary.tokens(source[0]), "target": vocabulary.tokens(target[0]), **found
     }  # fmt: skip
-
-
-def _against_shuffles(value: Any) -> dict[str, float]:
-    """A statistic of the letters, with its mean and spread when they are shuffled."""
-    generator = torch.Generator().manual_seed(0)
-    null = torch.tensor(
-        [value(torch.randperm(26, generator=generator)) for _ in range(SHUFFLES)]
-    ).double()
-    found = float(value(torch.arange(26)))
-    return {"value": found, "z": (found - float(null.mean())) / float(null.std())}
-
-
-def _apart(values: Float[Tensor, " letter"]) -> float:
-    return float(values[VOWELS].mean() - values[CONSONANTS].mean())
 
 
 def _one_head(other: Tensor, head: int) -> Any:

@@ -19,7 +19,12 @@ Look = Callable[[HookedModel, Cell], dict[str, Any] | None]
 
 
 def gather(
-    cells: Sequence[Cell], measures: Sequence[dict[str, Any]], out: Path, look: Look
+    cells: Sequence[Cell],
+    measures: Sequence[dict[str, Any]],
+    out: Path,
+    look: Look,
+    *,
+    version: int = 1,
 ) -> list[dict[str, Any]]:
     """The measures of every run, with `evidence` where `look` has something to say.
 
@@ -28,16 +33,17 @@ def gather(
         measures: of its runs, in the same order
         out: folder of the study
         look: trained model and cell to plain numbers; None for a cell that nothing is asked of. Its
-            results are kept in `evidence.json` of the run and read from there the next time
+            results are kept beside the run and read from there the next time
+        version: of what `look` asks; another one asks again
     """
+    name = f"evidence-{version}.json"
     with one_thread():
-        return [_with_evidence(*pair, out, look) for pair in zip(cells, measures, strict=True)]
+        pairs = zip(cells, measures, strict=True)
+        return [_with_evidence(c, m, out / "runs" / c.folder / name, look) for c, m in pairs]
 
 
-def _with_evidence(cell: Cell, measures: dict[str, Any], out: Path, look: Look) -> dict[str, Any]:
-    folder = out / "runs" / cell.folder
-    path = folder / "evidence.json"
+def _with_evidence(cell: Cell, measures: dict[str, Any], path: Path, look: Look) -> dict[str, Any]:
     if not path.exists():
-        write_atomically(path, json.dumps(look(trained_model(folder), cell)) + "\n")
+        write_atomically(path, json.dumps(look(trained_model(path.parent), cell)) + "\n")
     found = json.loads(path.read_text())
     return measures if found is None else {**measures, "evidence": found}

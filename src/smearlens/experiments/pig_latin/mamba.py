@@ -18,8 +18,9 @@ from smearlens.data.pig_latin import PigLatinVocabulary
 from smearlens.experiments.grid import Cell, Task, run_grid
 from smearlens.experiments.pig_latin import transformer as pig_latin
 from smearlens.experiments.pig_latin.looks import gather
-from smearlens.experiments.pig_latin.mamba_evidence import evidence
+from smearlens.experiments.pig_latin.mamba_evidence import VERSION, evidence
 from smearlens.experiments.pig_latin.mamba_verdicts import judge
+from smearlens.experiments.pig_latin.parity import parity_runs
 from smearlens.experiments.pig_latin.tables import MAMBA, fill
 from smearlens.experiments.pig_latin.task import (
     describe,
@@ -31,7 +32,8 @@ from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.mamba import MambaConfig
 from smearlens.training.config import TrainConfig
 
-BATCH, LARGE_BATCH = 32, 64  # pairs; of equal lengths
+PARITY_STEPS = 40  # updates per epoch of the side variants
+BATCH, LARGE_BATCH = 32, pig_latin.MAMBA_LARGE_BATCH  # pairs; of equal lengths
 
 RECIPE = (
     "AdamW, batches of 32 pairs of equal lengths (64 on the large list), gradient norm clipped at "
@@ -140,7 +142,8 @@ def run(
     grid = cells(config, out)
     found = run_grid(grid, partial(tasks, config, out), out, jobs=jobs)
     small, large = (stored_split(out, n, config.data, config.words) for n in ("small", "large"))
-    found = gather(grid, found, out, partial(evidence, split=small))
+    found = gather(grid, found, out, partial(evidence, split=small), version=VERSION)
+    found += parity_runs(out, seeds=config.seeds, steps=PARITY_STEPS * config.epochs)
     study = write_result(
         out, study="Mamba on Pig Latin", command=command, config=config, recipe=RECIPE,
         verdicts=judge(found), measures=found, cells=grid,

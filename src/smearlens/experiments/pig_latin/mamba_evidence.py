@@ -27,6 +27,7 @@ from smearlens.data.pig_latin import Pair, PairSplit, PigLatinVocabulary, to_pig
 from smearlens.experiments.grid import Cell
 from smearlens.models.base import HookedModel
 
+VERSION = 2  # of what is asked here
 WORDS = 256  # held-out words that the interventions are measured on
 FEW = 64  # of them, where every decay of every state is kept
 OFFSETS = (0, 1, 2, 4)  # tokens after [EOS] at which states are exchanged
@@ -86,10 +87,6 @@ class Words:
         asked = (place >= (self.end + after)[:, None]) & self.mask[:, 1:]
         return (hit | ~asked).all(1)
 
-    def others(self) -> Int[Tensor, " batch"]:
-        """Another word for each."""
-        return torch.arange(len(self.pairs)).roll(1)
-
 
 def memory(model: HookedModel, words: Words) -> dict[str, float]:
     """Share of words that are right when one carrier of the word is taken away at its [EOS]."""
@@ -105,14 +102,59 @@ def memory(model: HookedModel, words: Words) -> dict[str, float]:
 
 
 def exchange(model: HookedModel, words: Words, offset: int) -> dict[str, float | int]:
-    """Share of words whose translation follows the states, or the rest, after an exchange.
+    """Share of words whose translation follows what was exchanged, on words of equal lengths.
 
     Before the token `offset` places after [EOS] the sequence is another word's, from it on this
-    word's translation, with this word's states after that token put in: right as far as they carry
-    the word. With the convolution cut there they are all that can. Words too short are left out.
+    word's translation. Put in there are this word's states, its convolutions' windows, or both:
+    right as far as they carry the word. Both are all that the recurrence holds, and must give this
+    word's own run; its own states put into its own run must change nothing; a third word's states
+    are what the exchange does by being one.
     """
-    other = words.others().tolist()
-    pairs = [(i, j) for i, j in enumerate(other) if _long_enough(words, i, j, offset)]
+    triples = same_length(words, offset)
+    mine, mixed = _mixed(words, [(i, j) for i, j, _ in triples], offset)
+    third = Words(tuple(words.pairs[k] for _, _, k in triples))
+    at = mine.end + offset
+    states = read_states(model, mine.tokens, at)
+    moved = set_states(model, states, at)
+    window = exchange_window(model, mine.tokens, at)
+    foreign = set_states(model, read_states(model, third.tokens, at), at)
+
+    def follow(hooks: Hooks, sequence: Words = mixed) -> float:
+        return share(sequence.right(model, hooks, offset))
+
+    return {
+        "words": len(triples),
+        "clean": follow([], mine),
+        "own states": follow(moved, mine),
+        "not exchanged": follow([]),
+        "states": follow(moved),
+        "states, convolution cut": follow([*moved, *cut_convolution(model, at)]),
+        "windows": follow(window),
+        "states and windows": follow([*moved, *window]),
+        "a third word's states": follow(foreign),
+    }
+
+
+def same_length(words: Words, offset: int) -> list[tuple[int, int, int]]:
+    """Each word with two others as long, all with translations that reach beyond `offset`."""
+    groups: dict[int, list[int]] = {}
+    for i, (word, target) in enumerate(words.pairs):
+        if len(target) > offset:
+            groups.setdefault(len(word), []).append(i)
+    found = []
+    for group in groups.values():
+        for n, i in enumerate(group if len(group) > 2 else []):
+            found.append((i, group[n - 1], group[n - 2]))
+    if not found:
+        raise ValueError(
+            f"no three of {len(words.pairs)} words have one length and translations of more than "
+            f"{offset} letters: take more words"
+        )
+    return found
+
+
+def _mixed(words: Words, pairs: list[tuple[int, int]], offset: int) -> tuple[Words, Words]:
+    """Words i, and the sequences that are word j's before the exchange and word i's from it on."""
     mine = Words(tuple(words.pairs[i] for i, _ in pairs))
     theirs = tuple(words.pairs[j] for _, j in pairs)
     mixed = Words(mine.pairs, sources=theirs)
@@ -120,21 +162,39 @@ def exchange(model: HookedModel, words: Words, offset: int) -> dict[str, float |
         before = PigLatinVocabulary().encode(target)[: max(offset - 1, 0)]
         start = int(mixed.end[row]) + 1
         mixed.tokens[row, start : start + len(before)] = before
-    at = mixed.end + offset
-    states = read_states(model, mine.tokens, mine.end + offset)
-    moved = set_states(model, states, at)
-    cut = cut_convolution(model, at)
-    return {
-        "words": len(pairs),
-        "clean": share(mine.right(model, [], offset)),
-        "not exchanged": share(mixed.right(model, [], offset)),
-        "states": share(mixed.right(model, moved, offset)),
-        "states, convolution cut": share(mixed.right(model, [*moved, *cut], offset)),
-    }
+    return mine, mixed
 
 
-def _long_enough(words: Words, i: int, j: int, offset: int) -> bool:
-    return min(len(words.pairs[i][1]), len(words.pairs[j][1])) > offset
+def exchange_window(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " batch"]
+) -> Hooks:
+    """Hooks after which convolutions, from position `at` on, see the past of a run on `tokens`.
+
+    Up to `at` their inputs are those on `tokens`; what they put out before it stays as it is, and
+    with it all that was written into the states.
+    """
+    with torch.no_grad():
+        _, cache = model.run_with_cache(
+            tokens, names_filter=lambda name: name.endswith("conv.hook_in")
+        )
+    names = [name.removesuffix(".hook_in") for name in cache.keys()]  # noqa: SIM118
+    return [h for n in names for h in _window(model.mod_dict[n], n, cache[f"{n}.hook_in"], at)]
+
+
+def _window(conv: Any, name: str, own: Tensor, at: Int[Tensor, " batch"]) -> Hooks:
+    place, kept = torch.arange(own.shape[1]), {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept[name] = x
+
+    def put(out: Tensor, hook: Any) -> Tensor:
+        x = torch.where((place <= at[:, None])[..., None], own, kept.pop(name))
+        seen = torch.zeros_like(out) + conv.bias
+        for tap, lag in enumerate(conv.lags):
+            seen[:, lag:] += conv.weight[:, tap] * x[:, : x.shape[1] - lag]
+        return torch.where((place >= at[:, None])[..., None], seen, out)
+
+    return [(f"{name}.hook_in", keep), (f"{name}.hook_out", put)]
 
 
 def negative_decays(model: HookedModel, words: Words) -> float:

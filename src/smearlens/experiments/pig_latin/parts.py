@@ -1,12 +1,11 @@
 """Parts that the reports of both Pig Latin studies share: tables, learning curves, mistakes, lists.
 
-Reads only plain numbers of a study. Leaves out what each study looks into (`report`,
-`mamba_report`).
+Leaves out what each study looks into (`report`, `mamba_report`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +24,12 @@ READING = (
 def list_part(study: Study) -> Part:
     """What was trained and measured on."""
     published = study["config"]["data"] is not None
-    rows = [["list", "training pairs", "held-out pairs", "words with two targets", "longest word"]]
+    rows = [["list", "training pairs", "held-out pairs", "follow the rule", "leave “u” after “q”",
+             "follow neither", "words with two targets", "longest word"]]  # fmt: skip
     rows += [
-        [name, f"{n['train_words']:,}", f"{n['validation_words']:,}", str(n["contradictions"]),
-         str(n["longest"])]
+        [name, f"{n['train_words']:,}", f"{n['validation_words']:,}", f"{n['follow']:,}",
+         str(n["leave_u"]), ", ".join(f"{word} → {t}" for word, t in n["exceptions"]) or "none",
+         str(n["contradictions"]), str(n["longest"])]
         for name, n in study["lists"].items()
     ]  # fmt: skip
     source = (
@@ -130,6 +131,38 @@ def curves_of(study: Study, name: str) -> list[list[dict[str, Any]]]:
 def runs(study: Study, name: str) -> list[dict[str, Any]]:
     """The runs of `task/name`, by seed; a ValueError if there is none."""
     return [*runs_of(study["measures"], name)]
+
+
+def kinds_part(study: Study, names: Sequence[str]) -> Part:
+    """Whether longer words, or words that start with a vowel, are harder."""
+    kinds: dict[str, Callable[[int, str], bool]] = {
+        "up to 4 letters": lambda n, _: n <= 4,
+        "5-7": lambda n, _: 5 <= n <= 7,
+        "8-10": lambda n, _: 8 <= n <= 10,
+        "11 and more": lambda n, _: n > 10,
+        "starts with a, e, i, o, u": lambda _, vowel: vowel == "1",
+        "starts otherwise": lambda _, vowel: vowel == "0",
+    }
+    rows = [["model", *kinds]]
+    for name in names:
+        listed = study["lists"][name.split("/")[0].split()[0]]
+        words = list(zip(listed["letters"], listed["vowel_first"], strict=True))
+        hits = [run["hits"] for run in runs(study, name)]
+        chosen = [[i for i, word in enumerate(words) if f(*word)] for f in kinds.values()]
+        rows.append([name, *(_right_among(hits, some) for some in chosen)])
+    return Part(
+        "Which words are hard?",
+        "Share of the held-out words of a kind that are right, mean over seeds with its interval, "
+        "and how many such words there are.",
+        name="kinds-of-words", table=rows,
+    )  # fmt: skip
+
+
+def _right_among(hits: Sequence[str], chosen: Sequence[int]) -> str:
+    if not chosen:
+        return "no such word"
+    shares = [sum(h[i] == "1" for i in chosen) / len(chosen) for h in hits]
+    return f"{estimate(shares)} of {len(chosen)}"
 
 
 def mistake_parts(study: Study, names: Sequence[str]) -> list[Part]:

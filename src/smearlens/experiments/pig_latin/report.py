@@ -1,7 +1,7 @@
 """The report of the transformer on Pig Latin: tables, curves, mistakes, heads, embeddings.
 
-Reads only the study's plain numbers (the contents of `result.json`). Leaves out measuring and
-judging, and the parts it shares with the other study (`parts`).
+Made from `result.json` alone. Leaves out training (`transformer`), evidence and verdicts; what the
+report of Mamba shows too is in `parts`.
 """
 
 from __future__ import annotations
@@ -14,70 +14,88 @@ from typing import Any
 
 import numpy as np
 
-from smearlens.experiments.pig_latin.parts import (
-    curve_part,
-    list_part,
-    mistake_parts,
-    runs,
-    table_parts,
-)
+from smearlens.experiments.pig_latin import parts
+from smearlens.experiments.pig_latin.evidence import LETTERS_OF, LOOKED_INTO, WROTE
+from smearlens.experiments.pig_latin.parts import runs
 from smearlens.viz.plots import COLOURS
 from smearlens.viz.report import Part, Study, estimate, write_report
 from smearlens.viz.widgets import attention_heads, layer_similarity
 
 LETTERS = [*string.ascii_lowercase, "-", "[SOS]", "[EOS]"]
 VOWELS = "aeiou"
-LOOKED_INTO = ("2 heads", "beast small")
 CURVES: dict[str, Sequence[str]] = {
-    "positions": ("small pairs/base", "small pairs/no positions", "small pairs/trained positions"),
-    "layers": ("small pairs/1 + 1 layers", "small pairs/base", "small pairs/4 + 4 layers"),
+    "positions": tuple(
+        f"small pairs/beast small{rest}" for rest in ("", ", sinusoids", ", no positions")
+    ),
+    "layers": tuple(f"small pairs/{name}" for name in ("1 + 1 layers", "base", "4 + 4 layers")),
+    "schedules": ("small pairs/base", "small pairs/plateau", "small pairs/accumulated"),
     "tuned": ("small pairs/beast small", "small pairs/beast large"),
 }
 
 
 def write_pig_latin_report(study: Study, out: Path) -> Path:
     """Write `report.html`, `figures/*.png` and `tables/*.md`; returns the page."""
-    parts = [
-        list_part(study),
-        *table_parts(study),
-        curve_part(study, CURVES),
-        *mistake_parts(study, ("small pairs/base", "small pairs/beast small")),
+    sections = [
+        parts.list_part(study),
+        *parts.table_parts(study),
+        parts.curve_part(study, CURVES),
+        *parts.mistake_parts(study, ("small pairs/base", "small pairs/beast small")),
+        retried_part(study),
+        parts.kinds_part(study, ("small pairs/base", "small pairs/beast small")),
         heads_part(study),
         *(pattern_part(study, name) for name in LOOKED_INTO),
         position_part(study),
         *letter_parts(study),
     ]
     title = "Pig Latin: what an encoder-decoder transformer needs, and how it does it"
-    return write_report(study, out, parts, title=title)
+    return write_report(study, out, sections, title=title)
+
+
+def retried_part(study: Study) -> Part:
+    """The words that the write-up's models got wrong, given to ours."""
+    written = [runs(study, f"small pairs/{n}")[0]["evidence"]["wrong"] for n in WROTE]
+    rows = [["word", "right", "the write-up's", *WROTE, "among our training words"]]
+    for first, *others in zip(*written, strict=True):
+        rows.append([*first[:4], *(other[3] for other in others), first[4]])
+    return Part(
+        "The mistakes of the write-up",
+        "Words that its base (the first four) or its small tuned model got wrong, what it wrote, "
+        "and what our models of seed 0 write.",
+        name="mistakes-of-the-write-up", table=rows,
+    )  # fmt: skip
 
 
 def heads_part(study: Study) -> Part:
     """Where every head looks, and what the keys of cross attention lose without it."""
-    rows = [["model", "head", "previous-token score", "chance",
+    rows = [["model", "head", "looks at", "weight", "chance", "on itself, or first character",
              "words right, another word's share of the keys"]]  # fmt: skip
-    aligned = [["", "", "weight on the source of the next character", "chance", ""]]
     for name in LOOKED_INTO:
         seen = [m["evidence"] for m in runs(study, f"small pairs/{name}")]
-        chance = f"{seen[0]['previous']['chance']:.3f}"
-        for layer, heads in enumerate(seen[0]["previous"]["scores"]):
-            for head in range(len(heads)):
-                scores = [s["previous"]["scores"][layer][head] for s in seen]
-                left = [s["keys"]["changed"][layer][head] for s in seen]
-                rows.append([name, f"encoder {layer}.{head}", estimate(scores), chance,
-                             estimate(left)])  # fmt: skip
-        chance = f"{seen[0]['alignment']['chance']:.3f}"
-        for layer, heads in enumerate(seen[0]["alignment"]["mass"]):
-            for head in range(len(heads)):
-                mass = [s["alignment"]["mass"][layer][head] for s in seen]
-                aligned.append([name, f"cross {layer}.{head}", estimate(mass), chance, ""])
+        sides = (
+            ("encoder", "the token before", "previous", "scores", "self"),
+            ("cross", "the source of the next character", "alignment", "mass", "first"),
+        )
+        for side, where, kind, score, other in sides:
+            chance = f"{seen[0][kind]['chance']:.3f}"
+            for layer, of_layer in enumerate(seen[0][kind][score]):
+                for head in range(len(of_layer)):
+                    values = ([s[kind][k][layer][head] for s in seen] for k in (score, other))
+                    weight, beside = map(estimate, values)
+                    left = estimate([s["keys"]["changed"][layer][head] for s in seen])
+                    told = left if side == "encoder" else ""
+                    rows.append([name, f"{side} {layer}.{head}", where, weight, chance, beside,
+                                 told])  # fmt: skip
+        whole = estimate([s["keys"]["whole"] for s in seen])
+        rows.append([name, "all keys of cross attention", "", "", "", "", whole])
     return Part(
         "Previous-token heads and aligned heads",
-        "Encoder heads: mean weight on the token before, and the share of words still right when "
-        "that head tells the keys of cross attention, and nothing else, of another word of equal "
-        "length. Below, cross-attention heads: weight on the source of the character to be written "
-        "next, by the rule. Heads of different seeds have no common order: read the best of each "
-        "layer.",
-        name="where-heads-look", table=[*rows, *aligned],
+        "Encoder heads: mean weight on the token before and on the token itself, and the share of "
+        "words still right when that head tells the keys of cross attention, and nothing else, of "
+        "another word of equal length; with all keys another word's, position is all they tell. "
+        "Cross-attention heads: weight on the source of the character to be written next, by the "
+        "rule, and the same for the first character alone. Heads of different seeds have no common "
+        "order: read the best of each layer.",
+        name="where-heads-look", table=rows,
     )  # fmt: skip
 
 
@@ -127,11 +145,15 @@ def position_part(study: Study) -> Part:
 
 def letter_parts(study: Study) -> list[Part]:
     """Do vowels and consonants form clusters? Cosines, principal components, shuffled letters."""
-    rows = [["model", "vowel-vowel minus vowel-consonant cosine", "in s.d. of shuffled letters"]]
-    for name in LOOKED_INTO:
-        seen = [m["evidence"]["letters"]["vowels together"] for m in
-                runs(study, f"small pairs/{name}")]  # fmt: skip
-        rows.append([name, estimate([s["value"] for s in seen]), estimate([s["z"] for s in seen])])
+    rows = [["model", "vowel-vowel minus vowel-consonant cosine", "in s.d. of shuffled letters",
+             "cosine of - and [EOS]", "in s.d. of all pairs"]]  # fmt: skip
+    for name in LETTERS_OF:
+        seen = [m["evidence"]["letters"] for m in runs(study, f"small pairs/{name}")]
+        rows.append(
+            [name]
+            + [estimate([s[statistic][key] for s in seen])
+               for statistic in ("vowels together", "- to [EOS]") for key in ("value", "z")]
+        )  # fmt: skip
     embedding = np.asarray(runs(study, "small pairs/beast small")[0]["evidence"]["embedding"])
     unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
     order = [*sorted(range(26), key=lambda i: (LETTERS[i] not in VOWELS, i)), 26, 27, 28]

@@ -25,6 +25,7 @@ from smearlens.data.pig_latin import (
     pig_latin_pairs,
     read_pairs,
     split_pairs,
+    to_pig_latin,
 )
 from smearlens.experiments.grid import Cell, Task
 from smearlens.models.base import HookedModel
@@ -83,13 +84,21 @@ def stored_split(out: Path, name: str, data: str | None, words: int | None = Non
 
 
 def describe(split: PairSplit) -> dict[str, Any]:
-    """Sizes of a split, for a result file."""
+    """A split in numbers, for a result file: sizes, the rule, the held-out words' kinds."""
     pairs = [*split.train, *split.validation]
+    rules = [
+        {word: to_pig_latin(word, move_qu=move) for word, _ in pairs} for move in (True, False)
+    ]
     return {
         "train_words": len(split.train),
         "validation_words": len(split.validation),
         "contradictions": len(contradictions(pairs)),  # words that no model can always get right
         "longest": max(len(word) for word, _ in pairs),
+        "follow": sum(rules[0][word] == target for word, target in pairs),
+        "leave_u": sum(rules[0][w] != target == rules[1][w] for w, target in pairs),
+        "exceptions": sorted({(w, t) for w, t in pairs if t not in (rules[0][w], rules[1][w])}),
+        "letters": [len(word) for word, _ in split.validation],
+        "vowel_first": "".join("01"[word[0] in "aeiou"] for word, _ in split.validation),
     }
 
 

@@ -1,8 +1,8 @@
 """The encoder-decoder transformer on Pig Latin: every row of the write-up, and its best models.
 
-Side variants differ in one thing from a base; the tuned models ("beasts") train longest. Leaves out
-the task (`task`), what is read from trained models (`evidence`), verdicts (`verdicts`), the report
-(`report`), and Mamba (`mamba`).
+Side variants differ in one thing from a base; the tuned models ("beasts") train longest, the small
+one also without what its positions give it. Leaves out the task (`task`), what is read from trained
+models (`evidence`), verdicts (`verdicts`), the report (`report`), and Mamba (`mamba`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from smearlens.data.pig_latin import PairSplit
 from smearlens.experiments.grid import Cell, Task, run_grid
-from smearlens.experiments.pig_latin.evidence import evidence
+from smearlens.experiments.pig_latin.evidence import VERSION, evidence
 from smearlens.experiments.pig_latin.looks import gather
 from smearlens.experiments.pig_latin.tables import TRANSFORMER, fill
 from smearlens.experiments.pig_latin.task import (
@@ -29,7 +29,8 @@ from smearlens.models.seq2seq import Seq2SeqConfig
 from smearlens.training.config import TrainConfig
 
 SMALL, MIXED, LARGE = "small pairs", "small pairs mixed", "large pairs"  # tasks
-BATCH = 128  # pairs
+PACED = "large pairs paced"  # a task: as Mamba trains on the large list
+BATCH, MAMBA_LARGE_BATCH = 128, 64  # pairs
 ACCUMULATED = 5  # batches per update where gradients are accumulated
 CURVE_WORDS = 500  # of the large list, for the learning curve
 
@@ -71,9 +72,12 @@ SIDE: dict[str, dict[str, Any]] = {  # variant -> what differs from BASE
     "1 + 1 layers": {"n_layers": 1},
     "4 + 4 layers": {"n_layers": 4},
 }
+TUNED: dict[str, Any] = {"n_heads": 8, "positions": "learned-sinusoidal"}
 BEASTS: dict[str, dict[str, Any]] = {
-    "beast small": {"n_heads": 8, "positions": "learned-sinusoidal"},
-    "beast large": {"n_heads": 8, "positions": "learned-sinusoidal", "n_layers": 4},
+    "beast small": TUNED,
+    "beast large": {**TUNED, "n_layers": 4},
+    "beast small, sinusoids": {**TUNED, "positions": "sinusoidal"},
+    "beast small, no positions": {**TUNED, "positions": None},
 }
 
 
@@ -102,7 +106,7 @@ def cells(config: PigLatinConfig, out: Path) -> list[Cell]:
 
 
 def tuned(config: Any, seed: int, out: Path) -> list[Cell]:
-    """The two tuned models, as the write-up has them, on the small list."""
+    """The tuned models on the small list, the small one first."""
     train = _recipe(config, config.transformer_epochs, seed, out)
     return [_cell(SMALL, name, seed, diff, train) for name, diff in BEASTS.items()]
 
@@ -110,26 +114,28 @@ def tuned(config: Any, seed: int, out: Path) -> list[Cell]:
 def contenders(config: Any, seed: int, out: Path) -> list[Cell]:
     """The small tuned model on either list, to be compared with Mamba.
 
-    The first is the cell of this study: its folder under `runs/` can be copied instead of trained.
+    On the large one by its own recipe, and (`PACED`) in batches as small as Mamba's and as many of
+    them. The first is the cell of `cells`: its folder under `runs/` can be copied instead of
+    trained.
     """
-    steps = epochs_to_steps(
-        stored_split(out, "large", config.data, config.words), config.large_epochs, BATCH
-    )
-    large = recipe(steps, lr=config.lr, seed=seed)
-    return [
-        tuned(config, seed, out)[0],
-        _cell(LARGE, "beast small", seed, BEASTS["beast small"], large),
-    ]
+    split = stored_split(out, "large", config.data, config.words)
+    found = [tuned(config, seed, out)[0]]
+    for task, batch in ((LARGE, BATCH), (PACED, MAMBA_LARGE_BATCH)):
+        steps = epochs_to_steps(split, config.large_epochs, batch)
+        train = recipe(steps, lr=config.lr, seed=seed)
+        found.append(_cell(task, "beast small", seed, TUNED, train))
+    return found
 
 
 def pair_tasks(small: PairSplit, large: PairSplit | None = None) -> dict[str, Task]:
-    """Either list in pairs of word and translation, and the small one in batches of all lengths."""
+    """Each list in pairs of word and translation: in batches of `BATCH`, of all lengths, paced."""
     found = {
         SMALL: pair_task(small, batch_size=BATCH, joined=False),
         MIXED: pair_task(small, batch_size=BATCH, joined=False, padded=True),
     }
     if large is not None:
         found[LARGE] = pair_task(large, batch_size=BATCH, joined=False, few=CURVE_WORDS)
+        found[PACED] = pair_task(large, batch_size=MAMBA_LARGE_BATCH, joined=False, few=CURVE_WORDS)
     return found
 
 
@@ -149,7 +155,7 @@ def run(config: PigLatinConfig, out: Path, *, jobs: int = 1, command: str = "") 
     grid = cells(config, out)
     found = run_grid(grid, partial(_tasks, config, out), out, jobs=jobs)
     small = stored_split(out, "small", config.data, config.words)
-    found = gather(grid, found, out, partial(evidence, split=small))
+    found = gather(grid, found, out, partial(evidence, split=small), version=VERSION)
     study = write_result(
         out, study="the transformer on Pig Latin", command=command, config=config, recipe=RECIPE,
         verdicts=judge(found), measures=found, cells=grid, lists={"small": describe(small)},
