@@ -19,11 +19,10 @@ from smearlens.data.batches import (
     RepeatBatches,
     TokenBatches,
     evaluation_windows,
-    open_token_file,
     shuffled,
-    write_token_file,
 )
 from smearlens.data.corpora import CorpusError
+from smearlens.data.token_files import open_token_file, write_token_file
 
 LINES = [
     torch.arange(first, first + n) for first, n in ((10, 3), (20, 0), (30, 7), (40, 1), (50, 5))

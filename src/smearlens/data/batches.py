@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step, and token files larger than memory.
+"""Batches as a pure function of the step, from tokens in memory or on disk.
 
 `batch(step)` depends on nothing but the step and the arguments of the object: a run resumes at any
 step, in any process, without a state of the data. Leaves out word pairs (pig_latin.py).
@@ -6,13 +6,9 @@ step, in any process, without a state of the data. Leaves out word pairs (pig_la
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,12 +16,11 @@ import torch
 from jaxtyping import Int, Int64, Integer
 from torch import Tensor
 
-from smearlens.data.corpora import CorpusError
+from smearlens._explain import explained
+from smearlens.data.shards import ShardedTokens
 from smearlens.data.synthetic import repeated_tokens, step_generator
 
-Tokens = Int[Tensor, " n_tokens"] | Integer[np.ndarray, " n_tokens"]
-_FORMAT = "smearlens tokens 1"
-_HEADER_BYTES = 256  # a line of JSON, padded with spaces; the tokens follow
+Tokens = Int[Tensor, " n_tokens"] | Integer[np.ndarray, " n_tokens"] | ShardedTokens
 
 
 @runtime_checkable
@@ -36,12 +31,13 @@ class Batches(Protocol):
         """Keyword arguments of the model's forward pass at a step, counted from 0."""
 
 
+@explained
 @dataclass(frozen=True, eq=False)
 class TokenBatches:
     """Windows of one long sequence of tokens: `{"tokens": [batch, length]}`.
 
     Args:
-        tokens: all tokens, in memory or `open_token_file(path).tokens`
+        tokens: all tokens, in memory, `open_token_file(path).tokens` or `open_shards(folder)`
         batch_size: windows in a batch
         length: tokens in a window
         seed: another seed gives another order
@@ -76,6 +72,7 @@ class TokenBatches:
         return {"tokens": _windows(self.tokens, starts, length)}
 
 
+@explained
 @dataclass(frozen=True)
 class RepeatBatches:
     """Fresh repeated random tokens at every step: `{"tokens": [batch, length]}`.
@@ -105,6 +102,7 @@ class RepeatBatches:
         return {"tokens": repeated_tokens(*size, generator=generator, bos=bos)}
 
 
+@explained
 class PaddedBatches:
     """Lines, each cut or padded to one length, in a new order each epoch.
 
@@ -197,82 +195,6 @@ def shuffled(n_items: int, batch_size: int, step: int, seed: int) -> Int64[Tenso
     return torch.cat(parts)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenFile:
-    """Tokens on disk, mapped into memory: only what is indexed is read."""
-
-    path: Path
-    tokens: Integer[np.ndarray, " n_tokens"] = field(repr=False)
-    d_vocab: int
-    sha256: str  # of the tokens
-
-
-def write_token_file(
-    path: str | Path, chunks: Iterable[Int[Tensor, " _"]], d_vocab: int
-) -> TokenFile:
-    """Write chunks of token ids, one after the other, as uint16, or uint32 if d_vocab > 65,536.
-
-    The file appears whole or not at all: a temporary neighbour is written, synced and renamed.
-
-    Raises:
-        ValueError: if an id is not in `0 .. d_vocab - 1`, or there is none at all
-    """
-    if not 1 <= d_vocab <= 2**32:
-        raise ValueError(f"d_vocab must be in 1..2**32, got {d_vocab}")
-    path, dtype = Path(path), "<u2" if d_vocab <= 2**16 else "<u4"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    digest, n_tokens = hashlib.sha256(), 0
-    try:
-        with partial.open("wb") as file:
-            file.write(b" " * _HEADER_BYTES)
-            for chunk in chunks:
-                raw = _packed(chunk, d_vocab, dtype)
-                file.write(raw)
-                digest.update(raw)
-                n_tokens += len(chunk)
-            if not n_tokens:
-                raise ValueError("chunks hold no token: nothing to write")
-            header = {"format": _FORMAT, "dtype": dtype, "n_tokens": n_tokens, "d_vocab": d_vocab}
-            header["sha256"] = digest.hexdigest()
-            file.seek(0)
-            file.write(json.dumps(header).encode().ljust(_HEADER_BYTES - 1) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return open_token_file(path, verify=False)
-
-
-def open_token_file(path: str | Path, *, verify: bool = True) -> TokenFile:
-    """Open a file of `write_token_file`; `verify` reads it once to compare its sha256.
-
-    Raises:
-        CorpusError: if the file is missing, something else, cut off or damaged
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(_HEADER_BYTES))
-        dtype, n_tokens = np.dtype(header["dtype"]), header["n_tokens"]
-        found, expected = path.stat().st_size, _HEADER_BYTES + n_tokens * dtype.itemsize
-        if header["format"] != _FORMAT or found != expected:
-            raise ValueError(f"{header['format']} of {found} bytes, expected {expected}")
-        tokens = np.memmap(path, dtype, mode="r", offset=_HEADER_BYTES)
-        if verify and hashlib.sha256(tokens.data).hexdigest() != header["sha256"]:
-            raise ValueError(f"its sha256 is not {header['sha256']}")
-        return TokenFile(path, tokens, header["d_vocab"], header["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{path} is no whole token file ({error}): write it again") from error
-
-
-def _packed(chunk: Int[Tensor, " _"], d_vocab: int, dtype: str) -> bytes:
-    if len(chunk) and not 0 <= int(chunk.min()) <= int(chunk.max()) < d_vocab:
-        ids = f"{int(chunk.min())}..{int(chunk.max())}"
-        raise ValueError(f"chunks hold ids {ids}, outside the vocabulary 0..{d_vocab - 1}")
-    return chunk.cpu().numpy().astype(dtype).tobytes()
-
-
 @lru_cache(maxsize=4)
 def _permutation(n_items: int, seed: int, epoch: int) -> Int64[Tensor, " n_items"]:
     return torch.randperm(n_items, generator=step_generator(seed, epoch))
@@ -293,7 +215,7 @@ def _check_sizes(batch_size: int, length: int, seed: int) -> None:
         raise ValueError(f"need batch_size >= 1, length >= 2 and seed >= 0, got {given}")
 
 
-def _check_tokens(tokens: Tensor | np.ndarray, length: int) -> None:
+def _check_tokens(tokens: Tensor | np.ndarray | ShardedTokens, length: int) -> None:
     if tokens.ndim != 1 or len(tokens) < length or "int" not in str(tokens.dtype):
         given = f"shape {tuple(tokens.shape)}, {tokens.dtype}"
         raise ValueError(f"tokens must be one sequence of at least {length} ids, got {given}")
