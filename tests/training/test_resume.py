@@ -167,14 +167,39 @@ def script(*arguments, **environment):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte():
-    arguments = ("--kills", "12", "--checkpoint-every", "2", "tiny")
-    table = script("benchmarks/stress_resume.py", *arguments)
-    row = table.splitlines()[-1].split()
-    assert row[2] == "12"
-    assert row[-2:] == ["0", "0"]
+    arguments = ("--kills", "6", "--steps", "30", "--checkpoint-every", "2", "tiny")
+    said = script("benchmarks/stress_resume.py", *arguments)
+    assert said.startswith("ok")
+    assert " 6 kills," in said
+    assert " 0 bytes differing; 0 failed" in said
 
 
 @pytest.mark.slow
-def test_two_processes_equal_two_batches_per_update():
+def test_kills_during_saves_leave_whole_files():
+    said = script("benchmarks/stress_saves.py", "--kills", "4", "--steps", "12")
+    assert said.startswith("ok")
+    assert " 4 kills during a save" in said
+    assert " 0 still there after the next start" in said
+
+
+FORGETFUL = """
+import sys
+sys.path.insert(0, "benchmarks")
+import stress_resume
+from smearlens.training import loop
+loop.restore_random_states = lambda states: None
+print(*stress_resume.main(["tiny"], kills=3, steps=30, every=2))
+"""
+
+
+@pytest.mark.slow
+def test_the_kills_notice_a_resume_that_forgets_the_random_states():
+    said = script("-c", FORGETFUL)
+    assert said.startswith("FAILED")
+    assert "bytes differ" in said
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_batches():
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     assert "equal" in script("tests/training/two_processes.py", **settings)

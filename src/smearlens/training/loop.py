@@ -86,8 +86,9 @@ def train(
     Args:
         model: called as `model(**batch, return_type="loss")`, a scalar in nats per target; moved to
             the device accelerate chooses (`ACCELERATE_USE_CPU=1` keeps it on the CPU)
-        data: its `batch(n)` is a pure function of n; update s takes, on process r of R and with
-            accumulation a, the batches (s · a + i) · R + r for i < a, with equal weight
+        data: its `batch(n)` is a pure function of n; update s takes, with accumulation a, the
+            batches s · a + i for i < a, with equal weight. Of several processes (`accelerate
+            launch`) each takes its rows of them, so that their number changes no batch
         config: what decides the result; an existing folder must have been made with the same
         out: folder of the run; None keeps the logs in memory and saves nothing
         callbacks: called at every step, see `tracking.Callback`
@@ -149,9 +150,9 @@ class _Run:
             self.logs.flush()
             self.updater.release()
         resumed = None if checkpoint is None else start
-        return TrainResult(
-            steps=self.config.steps, out=self.out, resumed_from=resumed, logs=self.logs
-        )
+        first = self.accelerator.is_main_process  # the others read what it wrote
+        logs = self.logs if first or self.out is None else Logs(self.out, {})
+        return TrainResult(steps=self.config.steps, out=self.out, resumed_from=resumed, logs=logs)
 
     def _begin(self, checkpoint: Checkpoint | None) -> int:
         """Set weights, optimiser, random states and logs to where the run begins."""

@@ -154,22 +154,27 @@ class Updater:
         """Add up the gradients of all batches of update `step`; their mean loss."""
         accelerator, losses = self.accelerator, []
         self._random = torch.get_rng_state()
-        for n, batch in enumerate(self._batches(step), start=1):
+        for n, (batch, weight) in enumerate(self._batches(step), start=1):
             last = n == self.config.accumulation
             with nullcontext() if last else accelerator.no_sync(self.parallel):
                 loss = self._loss(self.parallel, batch)
+                loss = loss * weight if self.several else loss
                 accelerator.backward(loss)  # divides by the accumulation
             losses.append(loss.detach())
-            self.tokens += max(t.numel() for t in batch.values()) * accelerator.num_processes
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return accelerator.reduce(mean, "mean") if self.several else mean
 
-    def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """This process's share of the batches of update `step`."""
+    def _batches(self, step: int) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """The batches of update `step`, or this process's share of each, and what they weigh."""
         many, device = self.accelerator.num_processes, self.accelerator.device
         for n in range(step * self.config.accumulation, (step + 1) * self.config.accumulation):
-            batch = self.data.batch(n * many + self.accelerator.process_index)
-            yield {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+            batch, weight = self.data.batch(n), 1.0
+            self.tokens += max(t.numel() for t in batch.values())
+            if self.several:
+                from smearlens.training.distributed import share_of_batch
+
+                batch, weight = share_of_batch(batch, self.accelerator.process_index, many)
+            yield {name: t.to(device, non_blocking=True) for name, t in batch.items()}, weight
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with self.accelerator.autocast():
@@ -196,5 +201,5 @@ class Updater:
         raise find_origin(
             NonFiniteError(step, loss, norm),
             self.model,
-            lambda: (self._loss(self.model, batch) for batch in batches),
+            lambda: (self._loss(self.model, batch) for batch, _ in batches),
         )
