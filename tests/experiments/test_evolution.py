@@ -1,8 +1,10 @@
 """Attention over training: the study end to end, tiny; its measures by hand; every verdict."""
 
+import base64
 import json
 import re
 import shutil
+import zlib
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from smearlens import CharGPT, CharGPTConfig
+from smearlens.analysis.stats import Estimate
 from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments.evolution import logs
 from smearlens.experiments.evolution import measures as measured
+from smearlens.experiments.evolution import samples as samples_module
 from smearlens.experiments.evolution.paths import turn
 from smearlens.experiments.evolution.samples import correlation
 from smearlens.experiments.evolution.study import EvolutionConfig, cells, data_sets, file_of, run
@@ -288,7 +292,8 @@ def test_snapshots_keep_the_patterns(model, tmp_path):
     assert shown["labels"] == ["layer 1, head 2", "layer 2, head 3"]
     with observing(model):
         _, cache = model.run_with_cache(tokens)
-    kept = np.frombuffer(logs.base64.b64decode(shown["weights"]), np.uint8).reshape(2, 7, 7) / 255
+    weights = zlib.decompress(base64.b64decode(shown["weights"]))
+    kept = np.frombuffer(weights, np.uint8).reshape(2, 7, 7) / 255
     for i in range(2):
         pattern = cache[f"blocks.{i}.attn.hook_pattern"][0, i + 1]
         np.testing.assert_allclose(kept[i], pattern, atol=1 / 255)
@@ -518,6 +523,20 @@ def test_claim_29_wants_correlation_and_intervention(samples, changed, outcome):
         interventions=lambda seed: effects(seed, **changed),
     )  # fmt: skip
     assert verdict(29, runs).outcome == outcome
+
+
+def test_half_a_claim_that_is_clear_but_faint_is_not_settled(monkeypatch):
+    """The correlation is surely below 0 and surely above -0.1, and the interventions agree."""
+    given = {"imbalance": Estimate(-0.05, -0.08, -0.02, 6), "dominance": Estimate(0.3, 0.2, 0.4, 6)}
+    monkeypatch.setattr(
+        samples_module, "correlation",
+        lambda runs, statistic, quality: given.get(statistic, Estimate(0.0, -0.1, 0.1, 6)),
+    )  # fmt: skip
+    runs = seeds(6, interventions=lambda seed: effects(seed, dominant=-0.1))
+    found = verdict(29, runs)
+    assert found.outcome == "undecided"
+    assert "goes with quality (diversity · known words) is not settled" in found.because
+    assert "goes with poor samples does not hold" in found.because
 
 
 def test_correlations_between_samples_are_within_prompt_and_temperature():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import statistics
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _written(rows: list[Numbers]) -> Numbers:
 
 
 def _shown(folder: Path, last: Numbers) -> Numbers:
-    """Patterns over training of the most focused head of each layer, as bytes in base64."""
+    """Patterns over training of the most focused head of each layer: packed bytes in base64."""
     rows = rows_of(folder, "patterns")
     layers = [name for name in rows[0] if name not in ("step", "tokens")]
     length = len(rows[0]["tokens"])
@@ -174,7 +175,7 @@ def _shown(folder: Path, last: Numbers) -> Numbers:
             "steps": [row["step"] for row in rows],
             "labels": labels,
             "tokens": rows[0]["tokens"],
-            "weights": base64.b64encode(weights).decode(),
+            "weights": base64.b64encode(zlib.compress(weights, 9)).decode(),
         }
     }
 

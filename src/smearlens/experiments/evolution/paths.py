@@ -75,7 +75,7 @@ def turn(path: Sequence[Sequence[float | int]]) -> int:
 
 
 def draw_paths(figure: Any, paths: Mapping[str, Numbers], names: Mapping[str, str]) -> None:
-    """A panel for each data set, a line for each seed, marks at each power of 4 updates."""
+    """A panel for each data set, a line for each seed, marks at 0, 4, 16, 64 … updates."""
     figure.set_size_inches(4.2 * len(paths), 3.8)
     axes = figure.subplots(1, len(paths), squeeze=False)[0]
     for ax, (data_set, found) in zip(axes, paths.items(), strict=True):
@@ -104,8 +104,8 @@ def draw_paths(figure: Any, paths: Mapping[str, Numbers], names: Mapping[str, st
 
 
 def _marks(steps: Sequence[int]) -> list[int]:
-    """Looks nearest to 0, 1, 4, 16 … updates, and the last one."""
-    wanted, power = [0, steps[-1]], 1
+    """Looks nearest to 0, 4, 16, 64 … updates, and the last one."""
+    wanted, power = [0, steps[-1]], 4
     while power < steps[-1] / 2:
         wanted.append(power)
         power *= 4

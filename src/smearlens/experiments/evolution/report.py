@@ -7,6 +7,7 @@ and how a report is put together (`viz.report`).
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,8 +65,8 @@ def _overview(study: Study) -> Part:
         "write-up's four runs trained models of 10 million weights far longer, and differ from "
         "each other only in what was logged: their spread is noise. Here, too, tracking changes "
         "nothing (see below), so one training with everything tracked stands for the write-up's "
-        "runs 1 to 3, and only some seeds train again without. Times are of this machine, "
-        "generation per CPU second. "
+        "runs 1 to 3, and only some seeds train again without. Training times are by the clock of "
+        "a machine with other work to do, generation is per CPU second; costs are compared below. "
         f"{notes}.",
         name="fields", table=tables.fields_table(study),
     )  # fmt: skip
@@ -193,7 +194,7 @@ def _slider(run: dict[str, Any], name: str) -> Widget:
     """Patterns of one head of each layer over training."""
     shown = run["patterns"]
     n_tokens = len(shown["tokens"])
-    weights = np.frombuffer(base64.b64decode(shown["weights"]), np.uint8)
+    weights = np.frombuffer(zlib.decompress(base64.b64decode(shown["weights"])), np.uint8)
     shape = (len(shown["steps"]), len(shown["labels"]), n_tokens, n_tokens)
     return evolution(
         weights.reshape(shape) / 255.0, shown["steps"], shown["tokens"], mask="causal",

@@ -17,6 +17,7 @@ from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
 Runs = Sequence[dict[str, Any]]
 
 FAINT = 0.1  # a correlation between samples that is surely above -0.1 is none to speak of
+HALF = {(True, False): "holds", (False, True): "does not hold"}  # (holds, fails): what is said
 SHARP, FLAT = "scores x 2", "scores x 0.5"
 STATISTICS = ("entropy", "imbalance", "distance", "dominance")
 
@@ -28,7 +29,8 @@ def balanced_samples(runs: Runs) -> Verdict:
     worse, and so are samples written with scores doubled and with scores halved. Dominance: within
     prompt and temperature, samples in which few heads add most are worse, and without the dominant
     head they are better than without others. Supported if both hold. A half fails if its
-    correlation is surely above -0.1, or the interventions say the opposite; refuted if both fail.
+    correlation is surely above -0.1, or the interventions say the opposite; refuted if both fail. A
+    half of which both can be said, clear but faint, is not settled.
     """
     far, strong = (correlation(runs, name, "quality") for name in ("imbalance", "dominance"))
     effects = {name: over_seeds([effect(m, name) for m in runs]) for name in (SHARP, FLAT)}
@@ -48,22 +50,18 @@ def balanced_samples(runs: Runs) -> Verdict:
                "fails": far.low > -FAINT or 1 in both_ways}  # fmt: skip
     dominance = {"holds": sign(strong) < 0 and sign(dominant) > 0,
                  "fails": strong.low > -FAINT or sign(dominant) < 0}  # fmt: skip
-    outcome: Outcome = "undecided"
-    if balance["holds"] and dominance["holds"]:
-        outcome = "supported"
-    elif balance["fails"] and dominance["fails"]:
-        outcome = "refuted"
-    return Verdict(claim(29), outcome, _because(balance, dominance, findings), findings)
+    said = tuple(
+        HALF.get((half["holds"], half["fails"]), "is not settled") for half in (balance, dominance)
+    )
+    outcomes: dict[tuple[str, ...], Outcome] = {
+        (HALF[True, False],) * 2: "supported", (HALF[False, True],) * 2: "refuted",
+    }  # fmt: skip
+    outcome = outcomes.get(said, "undecided")
+    return Verdict(claim(29), outcome, _because(said, findings), findings)
 
 
-def _because(
-    balance: dict[str, bool], dominance: dict[str, bool], findings: tuple[Finding, ...]
-) -> str:
+def _because(said: tuple[str, ...], findings: tuple[Finding, ...]) -> str:
     far, strong, sharper, flatter, dominant = (f.estimate for f in findings[:5])
-    words = {(True, False): "holds", (False, True): "does not hold"}
-    said = [
-        words.get((half["holds"], half["fails"]), "is not settled") for half in (balance, dominance)
-    ]
     return (
         "Samples of one prompt and temperature are compared with each other, runs are the units. "
         f"That balanced entropy goes with quality (diversity · known words) {said[0]}: the "
