@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a seeded torch, one thread, no network."""
+"""Fixtures of all tests: a seeded torch, one thread, no network; the profiles of hypothesis."""
 
 import os
 
@@ -7,6 +7,12 @@ os.environ.setdefault("SMEARLENS_PROGRESS", "0")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# `gate` tries the same examples every time; `--hypothesis-profile=long` draws ten times as many.
+settings.register_profile("gate", max_examples=200, derandomize=True, database=None, deadline=None)
+settings.register_profile("long", max_examples=2000, database=None, deadline=None)
+settings.load_profile("gate")
 
 
 @pytest.fixture(autouse=True)

@@ -347,6 +347,15 @@ def test_rows_are_taken_as_they_are_unless_keys_are_left_out():
     torch.testing.assert_close(found, whole)
 
 
+@pytest.mark.parametrize("least", [1e-29, 1e-34])
+def test_what_a_sink_leaves_is_renormalised_however_little_it_is(least):
+    """A row that counts has sum 1 after the sink is left out, in float32 too."""
+    pattern = torch.tensor([[1.0, 0, 0], [1.0, least, 0], [1.0, least, 3 * least]])
+    assert self_mass(pattern, exclude_bos=True).item() == pytest.approx((1 + 0.75) / 2, rel=1e-5)
+    band = BandMixing(torch.tensor([[least, 3 * least]]), [0, 1], 3)
+    assert self_mass(band).item() == pytest.approx((1 + 0.25 + 0.25) / 3, rel=1e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 999), st.booleans())
 def test_renormalised_rows_sum_to_one_and_others_never_more(length, seed, renormalise):

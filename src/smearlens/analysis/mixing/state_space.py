@@ -209,7 +209,7 @@ def unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
         low = rows.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
         rows = (rows - low).masked_fill(~allowed, 0)
     rows = rows.abs_()
-    return rows.div_(rows.sum(-1, keepdim=True).clamp_min(1e-30))
+    return rows.div_(rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 def _triangles(a: Tensor, b: Tensor, C: Tensor, size: int) -> Tensor:
