@@ -178,7 +178,6 @@ def transformer_world(**changes):
         "base": 0.90, "no positions": 0.50, "trained positions": 0.96, "2 heads": 0.9,
         "8 heads": 0.95, "16 heads": 0.85, "width 32": 0.8, "1 + 1 layers": 0.8,
         "4 + 4 layers": 0.8, "beast small": 0.97, "beast large": 0.9,
-        "beast small, sinusoids": 0.91, "beast small, no positions": 0.51,
         **changes.get("accuracy", {}),
     }  # fmt: skip
     seen = {"previous": 0.9, "aligned": 0.8, "lost": 0.5, "others": 0.1, "z": 4.0, "gain": 0.3}
@@ -211,7 +210,7 @@ def transformer_world(**changes):
         (14, "supported", {}),
         (14, "refuted", {"seen": {"z": 0.3}}),
         (14, "undecided", {"seen": {"gain": -0.1}}),
-        (15, "refuted", {"accuracy": {"beast small, no positions": 0.3}}),
+        (15, "refuted", {"accuracy": {"no positions": 0.3}}),
         (16, "supported", {}),
         (16, "refuted", {"accuracy": {"beast large": 0.99}}),
         (16, "undecided", {"accuracy": {"16 heads": 0.95}}),
@@ -253,8 +252,7 @@ def test_the_other_heads_are_those_that_are_not_the_best():
 def test_claim_15_needs_both_figures_inside_intervals_that_exclude_zero(outcome, without, trained):
     found = []
     for name, shares in {
-        "beast small, sinusoids": (0.9, 0.9, 0.9), "beast small, no positions": without,
-        "beast small": trained,
+        "base": (0.9, 0.9, 0.9), "no positions": without, "trained positions": trained,
     }.items():  # fmt: skip
         found += variant("small pairs", name, *(share(s) for s in shares))
     assert positions(found).outcome == outcome
@@ -267,7 +265,6 @@ MAMBA_NAMES = {
         "A learned, constant", "A learned, position", "kernel 4", "small", "small, kernel 16",
     ),
     "small pairs": ("beast small",), "large": ("large",), "large pairs": ("beast small",),
-    "large pairs paced": ("beast small",),
 }  # fmt: skip
 
 
@@ -340,8 +337,6 @@ BEATS = {"small/small": 0.9, "large/large": 0.9}
         (23, "refuted", {"small pairs/beast small": 0.9}, {}),
         (23, "undecided", {**BEATS, "large/large": 0.7}, {}),
         (23, "undecided", {}, {}),
-        (23, "undecided", {**BEATS, "large pairs paced/beast small": 0.9}, {}),
-        (23, "refuted", {"large/large": 0.9, "large pairs paced/beast small": 0.97}, {}),
     ],
 )
 def test_mamba_verdicts(number, outcome, accuracy, seen):

@@ -33,7 +33,7 @@ from smearlens.models.mamba import MambaConfig
 from smearlens.training.config import TrainConfig
 
 PARITY_STEPS = 40  # updates per epoch of the side variants
-BATCH, LARGE_BATCH = 32, pig_latin.MAMBA_LARGE_BATCH  # pairs; of equal lengths
+BATCH, LARGE_BATCH = 32, 64  # pairs; of equal lengths
 
 RECIPE = (
     "AdamW, batches of 32 pairs of equal lengths (64 on the large list), gradient norm clipped at "

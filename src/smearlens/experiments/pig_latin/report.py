@@ -24,9 +24,7 @@ from smearlens.viz.widgets import attention_heads, layer_similarity
 LETTERS = [*string.ascii_lowercase, "-", "[SOS]", "[EOS]"]
 VOWELS = "aeiou"
 CURVES: dict[str, Sequence[str]] = {
-    "positions": tuple(
-        f"small pairs/beast small{rest}" for rest in ("", ", sinusoids", ", no positions")
-    ),
+    "positions": ("small pairs/base", "small pairs/no positions", "small pairs/trained positions"),
     "layers": tuple(f"small pairs/{name}" for name in ("1 + 1 layers", "base", "4 + 4 layers")),
     "schedules": ("small pairs/base", "small pairs/plateau", "small pairs/accumulated"),
     "tuned": ("small pairs/beast small", "small pairs/beast large"),
@@ -137,7 +135,8 @@ def position_part(study: Study) -> Part:
     return Part(
         "Trained position embeddings",
         "Encoder of “beast small”, seed 0: trained, and how far training moved each from the "
-        "sinusoid it started as. Positions beyond the longest word were never trained.",
+        "sinusoid it started as. Positions beyond the longest word were never "
+        "trained: weight decay alone moved them.",
         name="positions-trained",
         draw=partial(_draw_positions, table=table),
     )
@@ -207,7 +206,7 @@ def _draw_letters(figure: Any, embedding: np.ndarray) -> None:
         ax.set(
             xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]),
             xlabel=f"first component ({share[0]:.0%} of the variance)",
-            ylabel=f"second ({share[1]:.0%})", title=f"{title} (vowels orange)",
+            ylabel=f"second ({share[1]:.0%})", title=f"{title} (vowels red)",
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The encoder-decoder transformer on Pig Latin: every row of the write-up, and its best models.
 
-Side variants differ in one thing from a base; the tuned models ("beasts") train longest, the small
-one also without what its positions give it. Leaves out the task (`task`), what is read from trained
-models (`evidence`), verdicts (`verdicts`), the report (`report`), and Mamba (`mamba`).
+Side variants differ in one thing from a base; the tuned models ("beasts") train longest. Leaves out
+the task (`task`), what is read from trained models (`evidence`), verdicts (`verdicts`), the report
+(`report`), and Mamba (`mamba`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from smearlens.models.seq2seq import Seq2SeqConfig
 from smearlens.training.config import TrainConfig
 
 SMALL, MIXED, LARGE = "small pairs", "small pairs mixed", "large pairs"  # tasks
-PACED = "large pairs paced"  # a task: as Mamba trains on the large list
-BATCH, MAMBA_LARGE_BATCH = 128, 64  # pairs
+BATCH = 128  # pairs
 ACCUMULATED = 5  # batches per update where gradients are accumulated
 CURVE_WORDS = 500  # of the large list, for the learning curve
 
@@ -76,8 +75,6 @@ TUNED: dict[str, Any] = {"n_heads": 8, "positions": "learned-sinusoidal"}
 BEASTS: dict[str, dict[str, Any]] = {
     "beast small": TUNED,
     "beast large": {**TUNED, "n_layers": 4},
-    "beast small, sinusoids": {**TUNED, "positions": "sinusoidal"},
-    "beast small, no positions": {**TUNED, "positions": None},
 }
 
 
@@ -114,28 +111,22 @@ def tuned(config: Any, seed: int, out: Path) -> list[Cell]:
 def contenders(config: Any, seed: int, out: Path) -> list[Cell]:
     """The small tuned model on either list, to be compared with Mamba.
 
-    On the large one by its own recipe, and (`PACED`) in batches as small as Mamba's and as many of
-    them. The first is the cell of `cells`: its folder under `runs/` can be copied instead of
-    trained.
+    The first is the cell of `cells`: its folder under `runs/` can be copied instead of trained.
     """
     split = stored_split(out, "large", config.data, config.words)
-    found = [tuned(config, seed, out)[0]]
-    for task, batch in ((LARGE, BATCH), (PACED, MAMBA_LARGE_BATCH)):
-        steps = epochs_to_steps(split, config.large_epochs, batch)
-        train = recipe(steps, lr=config.lr, seed=seed)
-        found.append(_cell(task, "beast small", seed, TUNED, train))
-    return found
+    steps = epochs_to_steps(split, config.large_epochs, BATCH)
+    train = recipe(steps, lr=config.lr, seed=seed)
+    return [tuned(config, seed, out)[0], _cell(LARGE, "beast small", seed, TUNED, train)]
 
 
 def pair_tasks(small: PairSplit, large: PairSplit | None = None) -> dict[str, Task]:
-    """Each list in pairs of word and translation: in batches of `BATCH`, of all lengths, paced."""
+    """Either list in pairs of word and translation, and the small one in batches of all lengths."""
     found = {
         SMALL: pair_task(small, batch_size=BATCH, joined=False),
         MIXED: pair_task(small, batch_size=BATCH, joined=False, padded=True),
     }
     if large is not None:
         found[LARGE] = pair_task(large, batch_size=BATCH, joined=False, few=CURVE_WORDS)
-        found[PACED] = pair_task(large, batch_size=MAMBA_LARGE_BATCH, joined=False, few=CURVE_WORDS)
     return found
 
 

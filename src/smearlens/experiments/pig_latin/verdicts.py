@@ -137,8 +137,8 @@ def start_near_vowels(found: Runs) -> Verdict:
 
 
 def positions(found: Runs) -> Verdict:
-    """Claim 15: both differences in points, of the tuned model, against the sinusoids."""
-    names = ("beast small, sinusoids", "beast small, no positions", "beast small")
+    """Claim 15: both differences in points, after the same training, against the sinusoids."""
+    names = ("base", "no positions", "trained positions")
     pairs = (names[:2], (names[2], names[0]))
     without, trained = _compared(found, pairs)
     cost, gain = without.difference, trained.difference
