@@ -87,7 +87,7 @@ def _font(size: int) -> Any:
     spec = importlib.util.find_spec("matplotlib")
     folder = Path(spec.origin).parent if spec and spec.origin else Path()
     path = folder / "mpl-data/fonts/ttf/DejaVuSans.ttf"
-    return ImageFont.truetype(path, size) if path.exists() else ImageFont.load_default(size)
+    return ImageFont.truetype(str(path), size) if path.exists() else ImageFont.load_default(size)
 
 
 @lru_cache(4096)
