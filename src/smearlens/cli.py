@@ -13,6 +13,8 @@ from typing import Annotated
 
 import tyro
 
+from smearlens.experiments.engines import Engine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
@@ -27,7 +29,8 @@ class Compare:
     seeds: int = 3  # independent runs of every model
     steps: int = 1200  # updates per model on repeated tokens
     text_steps: int = 500  # updates per model on tiny Shakespeare
-    jobs: int = 2  # processes; results do not depend on it
+    jobs: int = 2  # runs at a time; results do not depend on it
+    engine: Engine = "processes"  # where they run; ray: the cluster of RAY_ADDRESS, or this machine
     force: bool = False  # delete what OUT holds of an earlier study and start over
 
 
@@ -45,7 +48,8 @@ class Experiment:
     seeds: int | None = None  # independent runs of every model; default: the study's own
     steps: int | None = None  # updates per model; default: the study's own
     data: str | None = None  # folder of the text, for a study that takes one
-    jobs: int = 2  # processes; results do not depend on it
+    jobs: int = 2  # runs at a time; results do not depend on it
+    engine: Engine = "processes"  # where they run; ray: the cluster of RAY_ADDRESS, or this machine
     force: bool = False  # delete what OUT holds of an earlier study and start over
 
 
@@ -106,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     from smearlens.experiments import commands
 
     try:
-        print(commands.run(command))
+        if said := commands.run(command):
+            print(said)
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
         sys.exit(1)

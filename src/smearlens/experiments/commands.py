@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from smearlens._extras import MissingExtraError
+from smearlens._files import read_object
 from smearlens.data.corpora import CorpusError
+from smearlens.experiments.engines import use_engine
 from smearlens.models.families import family, load_model
 from smearlens.models.files import ModelFileError
 from smearlens.training.checkpoint import CheckpointError
@@ -25,7 +28,7 @@ def is_expected(error: Exception) -> bool:
     """Whether an error is one whose message is meant for the user."""
     known = (
         ValueError, TypeError, OSError, ModelFileError, CheckpointError, CorpusError,
-        NonFiniteError, RunConflictError,
+        NonFiniteError, RunConflictError, MissingExtraError,
     )  # fmt: skip
     return isinstance(error, known)
 
@@ -54,7 +57,8 @@ def compare(options: Any) -> str:
     if options.force and (options.out / "study.json").exists():
         shutil.rmtree(options.out)
     line = shlex.join(["smearlens", *sys.argv[1:]])
-    result = smeared_keys.compare(config, options.out, jobs=options.jobs, command=line)
+    with use_engine(options.engine):
+        result = smeared_keys.compare(config, options.out, jobs=options.jobs, command=line)
     lines = [_verdict_line(verdict.to_dict()) for verdict in result.verdicts]
     return "\n".join([*lines, f"\nreport: {result.report}"])
 
@@ -82,7 +86,8 @@ def experiment(options: Any) -> str:
     if options.force and (out / "study.json").exists():
         shutil.rmtree(out)
     line = shlex.join(["smearlens", *sys.argv[1:]])
-    study = run_study(config, out, jobs=options.jobs, command=line)
+    with use_engine(options.engine):
+        study = run_study(config, out, jobs=options.jobs, command=line)
     lines = [_verdict_line(v) for v in study["verdicts"]]
     return "\n".join([*lines, f"\nreport: {out / 'report.html'}"])
 
@@ -96,7 +101,9 @@ def _verdict_line(verdict: dict[str, Any]) -> str:
 
 
 def train(options: Any) -> str:
-    """One training run."""
+    """One training run; only the first of several processes has something to say."""
+    from accelerate import PartialState
+
     from smearlens.data.batches import RepeatBatches, TokenBatches
     from smearlens.training.config import TrainConfig
     from smearlens.training.loop import train as train_model
@@ -124,6 +131,8 @@ def train(options: Any) -> str:
         seed=options.seed, checkpoint_every=options.checkpoint_every,
     )  # fmt: skip
     result = train_model(model, data, config, out=options.out)
+    if not PartialState().is_main_process:
+        return ""
     model.save_pretrained(options.out / "model")
     loss = result.log("metrics")[-1]["loss"]
     return (
@@ -178,7 +187,7 @@ def claims(options: Any) -> str:
             f"  suspicion: {c.suspicion}\n  test: {c.test}"
             for c in CLAIMS
         )
-    study = json.loads(options.result.read_text())
+    study = read_object(options.result, "name the result.json of a study", "verdicts")
     return "\n".join(
         f"claim {v['claim']['number']}: {v['outcome']}: {v['because']}" for v in study["verdicts"]
     )

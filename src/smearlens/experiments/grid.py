@@ -1,7 +1,8 @@
 """A study as a grid of cells: each trains one model in its own folder and measures it once.
 
 Running a grid again runs only what is missing; a killed cell resumes from its checkpoint. Leaves
-out what the cells are and what is measured: those belong to the studies.
+out where the cells run (`engines`), and what they are and what is measured: those belong to the
+studies.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smearlens._files import write_atomically
+from smearlens.experiments.engines import run_elsewhere
 from smearlens.experiments.threads import one_thread
 from smearlens.models.base import HookedModel
 from smearlens.models.families import family, load_model
@@ -82,8 +85,9 @@ def run_grid(
         cells: the grid
         tasks: makes the tasks; an importable function, since worker processes call it too
         out: folder of the study; each cell has its own under `out/runs`
-        jobs: processes. Each cell runs on one thread, whatever the number, so that results do not
-            depend on it; what a dying worker leaves undone is done by this process
+        jobs: cells at a time, where the engine (`engines.use_engine`) has several. Each cell runs
+            on one thread, wherever it does, so that results do not depend on engine and number;
+            what a dying worker leaves undone is done by this process
     """
     names = [cell.folder for cell in cells]
     if len(set(names)) != len(names):
@@ -91,18 +95,9 @@ def run_grid(
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not (runs / cell.folder / "measures.json").exists()]
-    if jobs > 1 and len(missing) > 1:
-        context = multiprocessing.get_context("spawn")
-        shares = [missing[i::jobs] for i in range(min(jobs, len(missing)))]
-        workers = [
-            context.Process(target=_run_share, args=(share, tasks, runs), daemon=True)
-            for share in shares
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    _run_share(cells, tasks, runs)
+    run = partial(_run_share, tasks=tasks, runs=runs)
+    run_elsewhere(run, missing, jobs)
+    run(cells)
     return [json.loads((runs / name / "measures.json").read_text()) for name in names]
 
 
