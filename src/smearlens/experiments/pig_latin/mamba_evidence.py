@@ -28,7 +28,7 @@ from smearlens.experiments.grid import Cell
 from smearlens.models.base import HookedModel
 
 VERSION = 2  # of what is asked here
-WORDS = 256  # held-out words that the interventions are measured on
+WORDS = 128  # held-out words that the interventions are measured on
 FEW = 64  # of them, where every decay of every state is kept
 OFFSETS = (0, 1, 2, 4)  # tokens after [EOS] at which states are exchanged
 SHOWN = ("conditioning", "pleasure-grounds", "is")  # the words of the write-up

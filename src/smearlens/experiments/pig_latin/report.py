@@ -41,6 +41,7 @@ def write_pig_latin_report(study: Study, out: Path) -> Path:
         retried_part(study),
         parts.kinds_part(study, ("small pairs/base", "small pairs/beast small")),
         heads_part(study),
+        lines_part(study),
         *(pattern_part(study, name) for name in LOOKED_INTO),
         position_part(study),
         *letter_parts(study),
@@ -129,6 +130,18 @@ def pattern_part(study: Study, name: str) -> Part:
     )
 
 
+def lines_part(study: Study) -> Part:
+    """Cross attention of the model that the write-up looks into, as it draws it."""
+    shown = runs(study, f"small pairs/{LOOKED_INTO[0]}")[0]["evidence"]["patterns"]
+    return Part(
+        "Cross attention as lines",
+        f"“{LOOKED_INTO[0]}”, seed 0. Left the target tokens, right the source; a line is as "
+        "dark as the weight, and goes from a token to where the next one comes from.",
+        name="cross-attention-lines",
+        draw=partial(_draw_lines, shown=shown),
+    )
+
+
 def position_part(study: Study) -> Part:
     """The encoder's trained position embeddings beside the sinusoids they started from."""
     table = runs(study, "small pairs/beast small")[0]["evidence"]["positions"]
@@ -173,6 +186,26 @@ def letter_parts(study: Study) -> list[Part]:
                                       title="cosine of the encoder's embeddings")],
         ),
     ]  # fmt: skip
+
+
+def _draw_lines(figure: Any, shown: dict[str, Any]) -> None:
+    weights = {word: np.concatenate(seen["cross"]) for word, seen in shown.items()}
+    heads = max(len(w) for w in weights.values())
+    figure.set_size_inches(2.1 * heads, 9.0)
+    heights = [len(seen["target"]) + 2 for seen in shown.values()]
+    axes = figure.subplots(len(shown), heads, squeeze=False, height_ratios=heights)
+    for row, (word, seen) in zip(axes, shown.items(), strict=True):
+        for head, ax in enumerate(row):
+            for q, of_query in enumerate(weights[word][head]):
+                for k, weight in enumerate(of_query):
+                    ax.plot((0, 1), (q, k), color=COLOURS[0], alpha=min(1, weight), linewidth=1.6)
+            for x, side, align in ((-0.05, "target", "right"), (1.05, "source", "left")):
+                for place, token in enumerate(seen[side]):
+                    ax.text(x, place, token, ha=align, va="center", fontsize=8)
+            ax.set(xlim=(-0.5, 1.5), ylim=(len(seen["target"]) - 0.5, -0.5))
+            layer, number = divmod(head, len(seen["cross"][0]))
+            ax.set_title(f"{word}: {layer}.{number}", fontsize=9)
+            ax.axis("off")
 
 
 def _draw_positions(figure: Any, table: list[list[float]]) -> None:
