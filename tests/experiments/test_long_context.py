@@ -261,6 +261,8 @@ def world(*, harm=0.0, drop=0.0, learned=0.9, end=0.0, early=None, rare=0.0):
         (11, {"rare": 0.1}, "supported"),
         (11, {"rare": -0.1}, "refuted"),
         (11, {"rare": 0.0}, "undecided"),
+        (11, {"rare": 0.1, "learned": 0.2}, "undecided"),
+        (11, {"rare": -0.1, "learned": 0.2}, "undecided"),
     ],
 )
 def test_every_outcome_can_be_reached(number, changes, outcome):

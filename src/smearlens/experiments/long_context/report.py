@@ -86,13 +86,12 @@ def _of_text(found: Runs, name: str, length: int) -> list[Part]:
 
 
 def _paper(costs: Runs) -> Part:
-    commands = " and ".join(COMMAND.format(c["model"], c["model"].lower()) for c in costs)
     return Part(
         "WikiText-2 at the write-up's size: the command, and what it would take",
         "Preset `paper` (width 512, 50,257 tokens, 32 x 256 tokens per update, 15 epochs). The "
         "loss streams over the logits, so that no array of tokens x 50,257 is kept. Gradients were "
         "timed on 2 windows and scale with their tokens, the optimiser step does not; CPU time of "
-        f"one core, extrapolated, not run. {commands}",
+        "one core, extrapolated, not run.",
         name="paper", table=paper_table(costs),
     )  # fmt: skip
 
@@ -176,11 +175,12 @@ def recall_table(found: Runs, task: str) -> Rows:
 def paper_table(costs: Runs) -> Rows:
     """Extrapolated cost of the presets."""
     rows = [["model", "weights", "CPU s per 1,000 tokens", "CPU s per optimiser step", "updates",
-             "15 epochs, one core"]]  # fmt: skip
+             "15 epochs, one core", "command"]]  # fmt: skip
     for c in costs:
         rows.append([
             c["model"], f"{c['n_parameters']:,}", f"{c['seconds_per_1000_tokens']:.2f}",
             f"{c['seconds_per_optimiser_step']:.2f}", f"{c['updates']:,}", f"{c['hours']:.0f} h",
+            COMMAND.format(c["model"], c["model"].lower()),
         ])  # fmt: skip
     return rows
 
@@ -192,7 +192,7 @@ def draw_repeats(figure: Any, found: Runs, trained: int) -> None:
     """Accuracy by gap, a panel for each length."""
     models = {n: by_task[REPEATS] for n, by_task in _models(found).items()}
     lengths = max((list(runs[0]["by_length"]) for runs in models.values()), key=len)
-    figure.set_size_inches(4 * len(lengths) + 2, 3.4)
+    figure.set_size_inches(2.6 * len(lengths) + 2, 3.4)
     axes = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for ax, length in zip(axes, lengths, strict=True):
         for colour, (name, runs) in zip(plots.COLOURS, models.items(), strict=False):
@@ -202,10 +202,13 @@ def draw_repeats(figure: Any, found: Runs, trained: int) -> None:
             values = [[m["by_length"][length][g] for m in runs] for g in gaps]
             _line(ax, [int(g) for g in gaps], values, colour, name)
         ax.axvline(trained, color=plots.NULL, linestyle=":", linewidth=1)
-        ax.set_xscale("log", base=2)
+        ax.set_xscale("log", base=4)
         ax.set(xlabel="gap (tokens)", title=f"{int(length):,} tokens", ylim=(0, 1.02))
     axes[0].set_ylabel("accuracy on the second block (fraction)")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[-1].legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+    )  # fmt: skip
 
 
 def draw_positions(figure: Any, found: Runs, task: str) -> None:

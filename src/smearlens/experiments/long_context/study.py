@@ -28,7 +28,14 @@ from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments.grid import Cell, Task, run_grid
 from smearlens.experiments.long_context import measures as measured
 from smearlens.experiments.long_context.paper_preset import paper_costs
-from smearlens.experiments.long_context.verdicts import HYBRID, LEARNED, REPEATS, STACK, judge
+from smearlens.experiments.long_context.verdicts import (
+    BARE,
+    HYBRID,
+    LEARNED,
+    REPEATS,
+    STACK,
+    judge,
+)
 from smearlens.experiments.study import check_counts, open_study, write_result
 from smearlens.models.attn_attn import AttnAttnConfig
 from smearlens.models.conv_attn import ConvAttnConfig
@@ -147,7 +154,7 @@ def variants(config: LongContextConfig, d_vocab: int) -> dict[str, tuple[str, An
     return {
         HYBRID: ("ConvAttn", wide(positions="rotary")),
         "rotary": ("ConvAttn", wide(positions="rotary", conv_on=None)),
-        "conv, no positions": ("ConvAttn", wide(positions=None)),
+        BARE: ("ConvAttn", wide(positions=None)),
         LEARNED: ("ConvAttn", learned),
         STACK: ("AttnAttn", narrow),
     }
