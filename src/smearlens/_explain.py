@@ -58,6 +58,15 @@ def explained(target: Target) -> Target:
     return call  # pyrefly: ignore[bad-return]
 
 
+def require_cache(name: str, value: Any) -> None:
+    """Raise unless argument `name` maps names to activations (an ActivationCache, a dict)."""
+    if not hasattr(value, "keys"):
+        raise TypeError(
+            f"{name} must map hook names to tensors, as run_with_cache returns it, "
+            f"got {describe(value)}"
+        )
+
+
 def describe(value: Any) -> str:
     """What was given, in a few words: of a tensor its dtype and shape."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -104,20 +113,26 @@ def fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in inner)
     if origin is collections.abc.Callable:
         return callable(value)
-    if isinstance(origin, type) and issubclass(origin, collections.abc.Sequence):
-        items = inner[:1] if inner[1:] in ((), (Ellipsis,)) else ()
-        listed = _is(value, origin) and not isinstance(value, (str, bytes))
-        return listed and all(fits(item, one) for item in value for one in items)
     if isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
         return _is(value, origin) and all(fits(item, inner[1]) for item in value.values())
+    if origin is tuple and inner[1:] not in ((), (Ellipsis,)):
+        pair = _is(value, tuple) and len(value) == len(inner)
+        return pair and all(map(fits, value, inner))
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+        items = inner[:1] if inner[1:] in ((), (Ellipsis,)) else ()
+        listed = _is(value, origin) and not isinstance(value, (str, bytes))
+        seen = value if listed and isinstance(value, collections.abc.Collection) else ()
+        return listed and all(fits(item, one) for item in seen for one in items)
     return _is(value, _NUMBERS.get(hint, hint if origin is None else origin))
 
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is None:
         return value is None
+    if not isinstance(kind, type) or kind.__module__.startswith("numpy._typing"):
+        return True  # numpy's own protocols do not know a list
     try:
-        return not isinstance(kind, type) or isinstance(value, kind)
+        return isinstance(value, kind)
     except TypeError:  # a protocol that cannot be asked
         return True
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from smearlens._explain import explained
+from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.kinds import Mixing
 from smearlens.analysis.mixing.layers import mixings
 from smearlens.analysis.mixing.state_space import SSMMixing
@@ -52,6 +52,7 @@ def bridge_cache(
     Raises:
         ValueError: if nothing in the cache has a name here, or a state-space layer is not Mamba's
     """
+    require_cache("cache", cache)
     found: dict[str, Tensor] = {}
     for name in cache.keys():  # noqa: SIM118, an ActivationCache is no mapping
         if (ours := _our_name(name)) is not None:

@@ -28,7 +28,7 @@ def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
     Raises:
         ValueError: for a model of another family, or a Mamba with sizes ours does not have
     """
-    config = model.config
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "mamba":
         raise ValueError(
             f"from_hugging_face takes a MambaForCausalLM, got {type(model).__name__} "

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from smearlens._explain import explained
-from smearlens.analysis.stats import RESAMPLES
+from smearlens.analysis.stats import RESAMPLES, as_numbers
 
 ENOUGH = 5  # independent units; with fewer a correlation describes, and shows nothing
 PERMUTATIONS = 5000
@@ -252,7 +252,7 @@ def _residual(y: Array, on: Array) -> Array:
 
 def _pair(x: ArrayLike, y: ArrayLike, names: tuple[str, str], least: int) -> tuple[Array, Array]:
     """Both as float arrays of one length."""
-    a, b = (np.asarray(v, dtype=float) for v in (x, y))
+    a, b = (as_numbers(name, v) for name, v in zip(names, (x, y), strict=True))
     if a.ndim != 1 or a.shape != b.shape or len(a) < least:
         raise ValueError(
             f"{names[0]} and {names[1]} must be two series of the same length, at least {least}; "
@@ -274,8 +274,9 @@ def _codes(labels: Sequence[Hashable], name: str, length: int) -> Array:
 
 
 def _rising(steps: ArrayLike, length: int) -> Array:
-    given = np.asarray(steps, dtype=float)
-    if given.shape != (length,) or (np.diff(given) <= 0).any() or given[0] < 0:
+    given = as_numbers("steps", steps)
+    rising = given.shape == (length,) and bool((np.diff(given) > 0).all())  # False for nan
+    if not rising or not given[0] >= 0 or not np.isfinite(given[-1]):
         raise ValueError(f"steps must be {length} rising numbers from 0 on, got {given.tolist()}")
     return given
 

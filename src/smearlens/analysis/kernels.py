@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smearlens._explain import explained
-from smearlens.analysis.mixing.bands import kernel_lags
+from smearlens._explain import explained, require_cache
+from smearlens.analysis.mixing.bands import checked_kernel, kernel_lags
 from smearlens.analysis.stats import bootstrap_interval
 
 
@@ -93,11 +93,12 @@ def kernel_profile(
         ValueError: if the cache holds no kernel, or several and `layer` is not given
     """
     if isinstance(source, Tensor):
-        kernel = source
+        kernel = checked_kernel("source", source)
         lags = list(range(source.shape[1])) if lags is None else list(lags)
     else:
+        require_cache("source", source)
         layer = only_layer(source, "hook_kernel", layer)
-        kernel = source[f"{layer}.hook_kernel"]
+        kernel = checked_kernel(f"{layer}.hook_kernel", source[f"{layer}.hook_kernel"])
         lags = kernel_lags(source, layer) if lags is None else list(lags)
     kernel = kernel.detach().double()
     if len(lags) != kernel.shape[1]:
@@ -193,10 +194,17 @@ def score_by_lag(
         lag to scores; their sum is `hook_attn_scores` before masking
     """
     names = (f"{conv}.hook_in", f"{attn}.hook_q", f"{conv}.hook_kernel")
+    require_cache("cache", cache)
+    if missing := [name for name in names if name not in list(cache.keys())]:
+        raise ValueError(f"conv={conv!r}, attn={attn!r}: {missing} are not in the cache")
     given = [cache[name].detach() for name in names] + [w_k.detach()]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
     x, q, kernel, w_k = (t.to(wide) for t in given)
     x, q = (t if t.ndim == ndim else t[None] for t, ndim in ((x, 3), (q, 4)))
+    checked_kernel(names[2], kernel)
+    if w_k.shape != (q.shape[2], x.shape[2], q.shape[3]):
+        wanted = [q.shape[2], x.shape[2], q.shape[3]]
+        raise ValueError(f"w_k must be [head d_model d_head] = {wanted}, got {list(w_k.shape)}")
     parts = {}
     for tap, lag in enumerate(kernel_lags(cache, conv)):
         moved = shifted(x, lag) * (kernel[:, tap] + (carried if lag == 0 else 0.0))

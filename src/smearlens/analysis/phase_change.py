@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from smearlens._explain import explained
-from smearlens.analysis.stats import over_seeds
+from smearlens.analysis.stats import as_numbers, over_seeds
 
 LEAST = 3  # checkpoints in a segment
 DEGREE = 5  # of the most flexible polynomial
@@ -68,15 +68,16 @@ def phase_change(series: ArrayLike, steps: ArrayLike) -> PhaseChange:
     Raises:
         ValueError: for fewer than 8 checkpoints, shapes that do not fit, or values not finite
     """
-    values = np.atleast_2d(np.asarray(series, dtype=float))
-    time = np.asarray(steps, dtype=float)
+    values = np.atleast_2d(as_numbers("series", series))
+    time = as_numbers("steps", steps)
     least = DEGREE + LEAST
     if values.ndim != 2 or time.ndim != 1 or values.shape[1] != len(time) or len(time) < least:
         raise ValueError(
             f"series must be [checkpoint] or [seed checkpoint] with at least {least} checkpoints "
             f"and a step for each, got {np.shape(series)} and {np.shape(steps)}"
         )
-    if (np.diff(time) <= 0).any() or time[0] < 0 or not np.isfinite(values).all():
+    rising = (np.diff(time) > 0).all() and time[0] >= 0 and np.isfinite(time).all()
+    if not rising or not np.isfinite(values).all():
         raise ValueError("steps must rise from 0 or above, and series must be finite")
     smooth = list(_smooth_designs(time))
     fits = [_fit(y, np.log1p(time), smooth) for y in values]

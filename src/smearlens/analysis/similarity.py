@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smearlens._explain import explained
+from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.kinds import Mixing
 from smearlens.analysis.mixing.rows import RowOptions, as_layers, row_block
 from smearlens.analysis.patterns import entropies
@@ -157,6 +157,7 @@ def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
 
 
 def _cka_table(cache: Any, point: str, options: RowOptions) -> tuple[list[str], Tensor]:
+    require_cache("source", cache)
     names = [n for n in list(cache.keys()) if n.endswith(point)]
     if len(names) < 2:
         raise ValueError(f"cka needs at least two cached activations at {point!r}, found {names}")
@@ -170,6 +171,8 @@ def _cka_table(cache: Any, point: str, options: RowOptions) -> tuple[list[str], 
 
 def _token_rows(x: Tensor, options: RowOptions) -> Float[Tensor, "token width"]:
     """Activations [batch pos …] (or [pos width]) as one row per token that counts."""
+    if x.ndim < 2 or not x.numel():
+        raise ValueError(f"activations must be [batch pos …] or [pos width], got {list(x.shape)}")
     x = x[None] if x.ndim == 2 else x.flatten(2)
     keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if options.query_mask is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from smearlens._explain import explained
@@ -83,6 +84,15 @@ def paired_over_seeds(a: Sequence[float], b: Sequence[float], level: float = 0.9
     return over_seeds([x - y for x, y in zip(a, b, strict=True)], level)
 
 
+def as_numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Argument `name` as float64."""
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers, got {values!r:.60} ({error})") from error
+
+
+@explained
 def proportion_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson (exact binomial) interval of a proportion."""
     from scipy.stats import binomtest

@@ -41,6 +41,11 @@ class Component:
     name: str
     units: tuple[int, ...] | None = None
 
+    def __post_init__(self):
+        some = isinstance(self.units, (tuple, list)) and len(self.units) > 0
+        if self.units is not None and not (some and all(isinstance(u, int) for u in self.units)):
+            raise ValueError(f"units must be some indices, or None for all, got {self.units!r}")
+
     @property
     def axis(self) -> int:
         """The axis that `units` index."""

@@ -95,6 +95,9 @@ def patch_activation(
     """
     component = Component(component) if isinstance(component, str) else component
     _check_pair(clean, corrupt)
+    n_pos, given = clean.shape[1], [0] if positions is None else list(positions)
+    if not given or not set(given) <= set(range(-n_pos, n_pos)):
+        raise ValueError(f"positions must be some of {-n_pos}..{n_pos - 1}, got {given}")
     with torch.no_grad():
         _, cache = model.run_with_cache(clean, names_filter=component.name)
     stored = cache[component.name]

@@ -1,9 +1,8 @@
 """Interventions on what a state-space layer remembers: its states, its steps, its convolution.
 
-Contains moving a state from one run into another, at positions that may differ, and the edits that
-isolate one carrier of the past: writing stopped, steps made the same for every token, the short
-convolution cut. All are hooks for a forward pass over whole sequences. Leaves out edits of single
-activations (`causal.patch`) and of kernel taps (`causal.lags`).
+Contains moving a state from one run into another, and the edits that isolate one carrier of the
+past: writing stopped, steps made the same for every token, the convolution cut. All are hooks for
+whole sequences. Leaves out edits of activations (`causal.patch`) and of taps (`causal.lags`).
 """
 
 from __future__ import annotations
@@ -64,6 +63,8 @@ def state_patch(
     """
     donor = _positions("donor", donor, *clean.shape)
     recipient = _positions("recipient", donor if recipient is None else recipient, *corrupt.shape)
+    if len(clean) != len(corrupt):
+        raise ValueError(f"clean and corrupt differ in number: {len(clean)}, {len(corrupt)}")
     states = read_states(model, clean, donor, layers)
     others = {layer: state.roll(1, 0) for layer, state in states.items()}
 
@@ -187,6 +188,8 @@ def freeze_delta(
     """
     names = [f"{layer}.hook_delta" for layer in _layers(model, layers, "hook_delta")]
     counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    if counted.shape != tokens.shape:
+        raise ValueError(f"mask {list(counted.shape)} must be as tokens are, {list(tokens.shape)}")
     if not counted.any():
         raise ValueError("mask keeps no position; the mean of delta is undefined")
     with torch.no_grad():

@@ -213,7 +213,7 @@ class HookedModel(HookedRootModule):
         keep_gradient = caching_hook(kept, backward=True, **options)
         forward = [(name, keep) for name in names]
         backward = [(name, keep_gradient) for name in names if incl_bwd]
-        memory = memory_explained(self, inputs, kwargs, names, incl_bwd)
+        memory = memory_explained(self, inputs, kwargs, names, kept, incl_bwd)
         with memory, self.hooks(forward, backward, reset_hooks_end, clear_contexts):
             output = self(*inputs, **kwargs)
             if incl_bwd:

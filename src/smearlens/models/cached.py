@@ -5,6 +5,7 @@ Works for any model with hooks. Leaves out the run itself (`models.base`) and th
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,20 +67,29 @@ def cache_bytes(model: Any, *inputs: Tensor, names_filter: Any = None, **options
     more = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in options.items()}
     more["return_type"] = "logits"  # a loss reads values
     with torch.no_grad(), model.hooks([(lambda name: True, count)]):  # no fused path: plain torch
-        torch.func.functional_call(model, {**weights, **buffers}, tuple(given), more)
+        torch.func.functional_call(
+            model, {**weights, **buffers}, tuple(given), more, tie_weights=False
+        )
     return sum(kept.values())
 
 
 @contextmanager
 def memory_explained(
-    model: Any, inputs: tuple, options: dict[str, Any], names: Iterable[str], incl_bwd: bool
+    model: Any,
+    inputs: tuple,
+    options: dict[str, Any],
+    names: Iterable[str],
+    kept: dict[str, Tensor],
+    incl_bwd: bool,
 ) -> Iterator[None]:
-    """Turn torch's answer to too little memory into a `CacheMemoryError`."""
+    """Turn torch's answer to too little memory into a `CacheMemoryError`, and let go of `kept`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, CacheMemoryError) or not _refused(error):
             raise
+        kept.clear()
+        traceback.clear_frames(error.__traceback__)  # the tensors that the failed run still holds
         size = _estimate(model, inputs, options, list(names))
         text = "of unknown size" if size is None else f"{size / 2**20:,.1f} MiB"
         raise CacheMemoryError(

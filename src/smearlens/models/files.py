@@ -72,7 +72,9 @@ def load_folder(cls: Any, folder: Path) -> Any:
         _require_seal(description, folder / "config.json")
         model = cls(config)
     except ValueError as error:
-        raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
+        raise ModelFileError(
+            f"{folder / 'config.json'}: {error}; restore it or save the model again"
+        ) from error
     state = read_weights(weights)
     model.to(next(iter(state.values())).dtype)
     try:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smearlens._explain import explained
 from smearlens._hooks import HookPoint
 from smearlens.models.base import Preset
 from smearlens.models.decoder import ABSOLUTE, Decoder, check_choice
@@ -22,6 +23,7 @@ from smearlens.nn.discretize import rule_named
 from smearlens.nn.ssm import SelectiveSSM
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """Sizes and switches of a Mamba."""

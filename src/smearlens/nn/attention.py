@@ -204,7 +204,8 @@ class Attention(nn.Module):
             ahead = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1 + past)
             mask = mask.masked_fill(ahead, -torch.inf)
         if key_mask is not None:
-            if not isinstance(key_mask, Tensor) or key_mask.shape != (len(q), n_keys):
+            fits = isinstance(key_mask, Tensor) and key_mask.shape == (len(q), n_keys)
+            if not fits or key_mask.dtype != torch.bool:
                 raise ValueError(
                     f"key_mask must be a bool tensor [batch key] = {[len(q), n_keys]}, got "
                     f"{describe(key_mask)}; True where a key may be seen"

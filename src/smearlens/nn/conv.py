@@ -288,7 +288,8 @@ class KeySmear(nn.Module):
             state: the last key of earlier calls under `{name}.last`; read and updated
         """
         heads = len(self.alpha)
-        if not isinstance(k, Tensor) or k.ndim != 4 or k.shape[2] != heads:
+        fits = isinstance(k, Tensor) and k.ndim == 4 and k.shape[2] == heads
+        if not fits or not k.is_floating_point():
             raise ValueError(f"k must be [batch pos head={heads} d_head], got {describe(k)}")
         last = None if state is None else state.get(f"{self.name}.last")
         if state is not None:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32
 
+from smearlens._explain import explained
 from smearlens.viz._build import Look, View, build, names
 from smearlens.viz._payload import Scale, Values, as_array, check_tokens, number
 from smearlens.viz._widget import Widget
 
 
+@explained
 def tokens(
     tokens: Sequence[str],
     values: Values,
@@ -46,6 +48,7 @@ def tokens(
     return build("tokens", array[:, None, None], Look(title, max_width, scale), view)
 
 
+@explained
 def delta_strip(
     delta: Values,
     tokens: Sequence[str],
@@ -82,6 +85,7 @@ def delta_strip(
     return build("delta_strip", array[:, None, None], Look(title, max_width), view, (0.0, top))
 
 
+@explained
 def kernel_profile(
     profile: Values,
     lags: Sequence[int],

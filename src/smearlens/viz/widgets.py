@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from smearlens._explain import explained
 from smearlens.viz._build import Look, Mask, View, attention, build, names
 from smearlens.viz._payload import Scale, Values, as_array, check_tokens
 from smearlens.viz._strips import delta_strip, kernel_profile, tokens
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 
+@explained
 def attention_heads(
     pattern: Values,
     query_tokens: Sequence[str],
@@ -77,6 +79,7 @@ def attention_heads(
     )
 
 
+@explained
 def attention_pattern(
     pattern: Values,
     query_tokens: Sequence[str],
@@ -103,6 +106,7 @@ def attention_pattern(
     )
 
 
+@explained
 def evolution(
     pattern: Values,
     steps: Sequence[int],
@@ -148,6 +152,7 @@ def evolution(
     )
 
 
+@explained
 def layer_similarity(
     similarity: Values,
     labels: Sequence[str] | None = None,
@@ -177,6 +182,7 @@ def layer_similarity(
     return build("layer_similarity", values[None, None], Look(title, max_width), view)
 
 
+@explained
 def state_map(
     state: Values,
     tokens: Sequence[str],

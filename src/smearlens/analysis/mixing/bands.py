@@ -58,3 +58,10 @@ def _misfit(x: Tensor, kernel: Tensor, out: Tensor, future: int) -> float:
     rest = out - made
     rest = rest - rest.mean((0, 1))
     return float(rest.norm() / (out - out.mean((0, 1))).norm().clamp_min(1e-30))
+
+
+def checked_kernel(name: str, kernel: Tensor) -> Tensor:
+    """A kernel of the right number of axes."""
+    if kernel.ndim != 2 or not kernel.numel():
+        raise ValueError(f"{name} must be [channel tap], got {list(kernel.shape)}")
+    return kernel

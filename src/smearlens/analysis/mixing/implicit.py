@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smearlens._explain import explained
+from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.layers import mixings
 from smearlens.analysis.mixing.state_space import ChannelMixing, SSMMixing
@@ -160,6 +160,7 @@ def implicit_mixings(
     Raises:
         ValueError: if the cache holds no such block, or only part of one
     """
+    require_cache("cache", cache)
     skips, names = skips or {}, set(cache.keys())
     found = {}
     for layer, hidden in mixings(cache, kind="ssm").items():

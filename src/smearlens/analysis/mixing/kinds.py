@@ -49,8 +49,8 @@ class Mixing(ABC):
 
     def blocks(self, size: int = 128) -> Iterator[tuple[int, int, Tensor]]:
         """Go through all rows, `size` at a time, as (start, stop, rows)."""
-        if size < 1:
-            raise ValueError(f"size must be at least 1 row, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be at least 1 row, got {size!r}")
         for start in range(0, self.n_queries, size):
             stop = min(start + size, self.n_queries)
             yield start, stop, self.rows(start, stop)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from smearlens._explain import explained
+from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing, Mixing, SoftmaxMixing
 from smearlens.analysis.mixing.state_space import SSMMixing
@@ -43,26 +43,23 @@ def mixings(
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     if unknown := set(kinds) - set(get_args(Kind)):
         raise ValueError(f"unknown kind {sorted(unknown)}; allowed: {list(get_args(Kind))}")
-    if not hasattr(cache, "keys"):
-        raise TypeError(
-            f"cache must map hook names to tensors, as run_with_cache returns it, got {cache!r:.60}"
-        )
+    require_cache("cache", cache)
     names = list(cache.keys())
     found: dict[str, Mixing] = {}
     for name in names:
         layer, _, point = name.rpartition(".")
         if "attention" in kinds and point == "hook_pattern":
-            found[layer] = DenseMixing(_batched(cache[name], 4, name))
+            found[layer] = DenseMixing(_batched(_filled(cache, name), 4, name))
         elif "attention" in kinds and point == "hook_q" and f"{layer}.hook_pattern" not in names:
             if (key := f"{layer}.hook_k") not in names:
                 raise ValueError(f"{name} is cached without {key}; cache both")
-            q, k = (_batched(cache[n], 4, n) for n in (name, key))
+            q, k = (_batched(_filled(cache, n), 4, n) for n in (name, key))
             found[layer] = SoftmaxMixing(q, k, causal=causal is not False)
         elif "conv" in kinds and point == "hook_kernel":
             lags = kernel_lags(cache, layer)
             found[layer] = BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
         elif "ssm" in kinds and point == "hook_A_bar":
-            parts = (cache[f"{layer}.{p}"] for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
+            parts = (_filled(cache, f"{layer}.{p}") for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
             found[layer] = SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
         if layer in found and layer.endswith("attn"):
             found[layer].crossed |= layer.endswith("cross_attn")
@@ -81,9 +78,15 @@ def _batched(x: Tensor, ndim: int, name: str) -> Tensor:
     """`x` with its batch axis, which a cache may have dropped."""
     if x.ndim not in (ndim, ndim - 1):
         raise ValueError(f"{name} must have {ndim} axes (or {ndim - 1}), got {tuple(x.shape)}")
-    if not x.numel():
-        raise ValueError(f"{name} is empty: {tuple(x.shape)}; run the model on at least one token")
     return x if x.ndim == ndim else x[None]
+
+
+def _filled(cache: Any, name: str) -> Tensor:
+    """An activation that holds something."""
+    if not cache[name].numel():
+        found = tuple(cache[name].shape)
+        raise ValueError(f"{name} is empty: {found}; run the model on at least one token")
+    return cache[name]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
