@@ -245,7 +245,8 @@ class _Finder:
 
     def call(self, node: ast.Call) -> Iterator[Mutant]:
         plain = not any(isinstance(a, ast.Starred) for a in node.args)
-        for i, (one, other) in enumerate(pairwise(node.args) if plain else ()):
+        ordered = not (isinstance(node.func, ast.Name) and node.func.id in ("min", "max"))
+        for i, (one, other) in enumerate(pairwise(node.args) if plain and ordered else ()):
             if ast.dump(one) != ast.dump(other):
                 args = [*node.args[:i], other, one, *node.args[i + 2 :]]
                 yield self.mutant(

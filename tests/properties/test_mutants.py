@@ -33,7 +33,7 @@ def tail(rows, most):
 '''
 EXPECTED = {
     "x < 0 -> x <= 0", "x < 0 -> x >= 0", "0 -> 1", "0 -> -1", "x < 0 -> not x < 0",
-    "max( x, self.size, ) -> max(self.size, x)", "max( x, self.size, ) -> max(x)",
+    "max( x, self.size, ) -> max(x)",
     "max( x, self.size, ) -> min(x, self.size)",
     "return total * 2 if twice else -total -> return None",
     "total * 2 if twice else -total -> total * 2 if not twice else -total",

@@ -18,6 +18,8 @@ from smearlens.analysis.behaviour import per_token_loss
 from smearlens.data.synthetic import iid_tokens
 from smearlens.models.base import HookedModel
 
+ROUNDING = 1e-5  # nats: a model that says the same everywhere has error 0, and its loss rounds
+
 
 @dataclass(frozen=True)
 class FutureRead:
@@ -66,10 +68,11 @@ class IidFloor:
     @property
     def broken(self) -> bool:
         """Whether either loss lies more than three standard errors below the floor."""
-        plain = self.loss < self.floor - 3 * self.error
+        floor = self.floor - ROUNDING
+        plain = self.loss < floor - 3 * self.error
         if self.trained_loss is None or self.trained_error is None:
             return plain
-        return plain or self.trained_loss < self.floor - 3 * self.trained_error
+        return plain or self.trained_loss < floor - 3 * self.trained_error
 
 
 @torch.no_grad()
