@@ -7,7 +7,8 @@ updates without dropout, and prints a validation loss of 1.88, estimated on 20 r
 the same model, split and updates, and the loss of the whole validation text with contexts of 1 to
 64 characters, which is what the estimate estimates; beside it the estimate itself with its standard
 error. A window of 65 characters has 64 targets, so the model has 65 positions, the last of which is
-only ever a target. The same command continues where it stopped and writes `quality.json`.
+only ever a target. Beside it the same with rotary instead of learned positions, and nothing else
+changed. The same command continues where it stopped and writes `quality.json`.
 
 That this is the recipe and no other is checked by the recipe written out in plain torch below:
 from the same weights and batches its losses are those of our log, update by update.
@@ -48,14 +49,14 @@ COMPARED = 150  # updates compared with plain torch
 N_HEADS = 4
 
 
-def run_seed(seed: int, out: Path) -> dict[str, Any]:
+def run_seed(seed: int, out: Path, positions: str = "learned") -> dict[str, Any]:
     """Train and evaluate one seed in `out`, or read what a finished one found."""
     path = out / "measures.json"
     if path.exists():
         return json.loads(path.read_text())
     texts = [load_corpus("tiny-shakespeare", split).text for split in ("train", "validation")]
     tokens, held_out = map(CharTokenizer(texts[0]).encode, texts)
-    model = fresh(seed)
+    model = fresh(seed, positions)
     config = TrainConfig(
         steps=STEPS, lr=1e-3, warmup=100, weight_decay=0.1, betas=(0.9, 0.99), seed=seed,
         checkpoint_every=STEPS // 4,
@@ -84,10 +85,20 @@ def run_seed(seed: int, out: Path) -> dict[str, Any]:
     return measures
 
 
-def fresh(seed: int) -> CharGPT:
+def fresh(seed: int, positions: str = "learned") -> CharGPT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CharGPT.from_preset("cpu", n_ctx=LENGTH)
+        return CharGPT.from_preset("cpu", n_ctx=LENGTH, positions=positions)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds: the loss of the whole text with its interval, and the mean estimate."""
+    losses = over_seeds([run["val_loss"] for run in runs])
+    return {
+        "val_loss": {"mean": losses.mean, "low": losses.low, "high": losses.high, "n": losses.n},
+        "estimate": sum(run["estimate"] for run in runs) / len(runs),
+        "runs": runs,
+    }
 
 
 def plain_loss(w: dict[str, Tensor], x: Tensor, targets: Tensor) -> Tensor:
@@ -152,7 +163,10 @@ def main() -> None:
     with one_thread():
         runs = [run_seed(seed, given.out / f"seed{seed}") for seed in range(given.seeds)]
         plain = compared(0, given.out / "seed0")
-    losses = over_seeds([run["val_loss"] for run in runs])
+        rotary = [
+            run_seed(seed, given.out / f"rotary-seed{seed}", "rotary")
+            for seed in range(given.seeds)
+        ]
     result = {
         "command": f"python benchmarks/quality_nanogpt.py --seeds {given.seeds}",
         "recipe": "CharGPT preset cpu: 4 layers, 4 heads, 128 wide, no biases, tied, exact GELU; "
@@ -162,19 +176,20 @@ def main() -> None:
         "versions": {"smearlens": smearlens.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
         "nanogpt_readme": README,
-        "val_loss": {"mean": losses.mean, "low": losses.low, "high": losses.high, "n": losses.n},
-        "estimate": sum(run["estimate"] for run in runs) / len(runs),
         "plain_torch": plain,
-        "runs": runs,
+        **summary(runs),
+        "rotary": summary(rotary),
     }  # fmt: skip
     write_atomically(given.out / "quality.json", json.dumps(result, indent=1) + "\n")
-    for run in runs:
-        print(
-            f"seed {run['seed']}: validation {run['val_loss']:.4f} nats per character "
-            f"({run['bits_per_character']:.3f} bits), training {run['train_loss']:.4f}, nanoGPT's "
-            f"estimate {run['estimate']:.3f} ± {run['estimate_standard_error']:.3f}"
-        )
-    print(f"mean {losses}; nanoGPT's README: {README}")
+    for name, each in (("the recipe", runs), ("with rotary positions", rotary)):
+        for run in each:
+            print(
+                f"{name}, seed {run['seed']}: validation {run['val_loss']:.4f} nats per character "
+                f"({run['bits_per_character']:.3f} bits), training {run['train_loss']:.4f}, "
+                f"nanoGPT's estimate {run['estimate']:.3f} ± {run['estimate_standard_error']:.3f}"
+            )
+        losses = over_seeds([run["val_loss"] for run in each])
+        print(f"{name}: mean {losses}; nanoGPT's README: {README}")
     print(
         f"the recipe in plain torch, same weights and batches: the losses of {COMPARED} updates "
         f"differ by at most {plain['largest_difference']:.1e}"
