@@ -6,7 +6,7 @@
 # make docs-smoke  build it with ProperDocs and Zensical too, in environments of their own
 # make bench   speed, memory and growth beside named peers: results/benchmarks/result.json
 # make mutation  how many small mistakes in analysis, nn and causal the tests notice
-# make stress  kill training at random moments and compare every byte
+# make stress  kills, flipped bits, wrong input, failing hooks, hostile strings: every promise attacked
 # Each installs into .venv first if that is missing or older than the project's own files.
 
 PYTHON ?= python3
@@ -49,10 +49,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 mutation: .venv/installed
-	$(TORCH_THREADS) $(BIN)/python benchmarks/mutation.py --sample 200 --seed 2 --name fresh
+	$(TORCH_THREADS) $(BIN)/python benchmarks/mutation.py --sample 300 --seed 2 --name fresh
 
 stress: .venv/installed
-	$(BIN)/python benchmarks/stress_resume.py --kills 10 ConvAttn AttnAttn Mamba
+	$(TORCH_THREADS) $(BIN)/python benchmarks/stress.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

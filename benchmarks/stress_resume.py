@@ -1,13 +1,13 @@
 """Kill training with SIGKILL at random moments, and compare what it ends with, byte by byte.
 
-    python benchmarks/stress_resume.py --kills 10 tiny ConvAttn AttnAttn
-    python benchmarks/stress_resume.py --kills 100 --checkpoint-every 1 tiny    # mostly mid-save
+    python benchmarks/stress_resume.py                              # every family
+    python benchmarks/stress_resume.py --kills 12 --checkpoint-every 2 tiny
 
-Each model trains once undisturbed (dropout on, two batches per update, a tracker that draws random
-numbers), then again and again under kills. After every kill each checkpoint must read as intact;
-every run that reaches its end must have the logs, weights and optimiser state of the undisturbed
-one. The process imports torch once and forks its victims, so that a restart costs milliseconds.
-Exit code 1 if a single byte differs.
+Each model trains once undisturbed (dropout on, two batches per update, data drawn in a shuffled
+order, a tracker that draws random numbers), then again and again under kills. After every kill each
+checkpoint must read as intact; every run that reaches its end must have the logs, weights and
+optimiser state of the undisturbed one. The process imports torch once and forks its victims, so
+that a restart costs milliseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a forked child must not nee
 os.environ["SMEARLENS_PROGRESS"] = "0"
 
 import argparse
-import inspect
 import random
 import signal
 import sys
@@ -26,27 +25,29 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import accelerate  # noqa: F401 - imported here once, not in every child
 import torch
+from campaign import Campaign, script
+from stress_calls import FAMILIES, model
 from torch import nn
 
-from smearlens.models.families import family
+from smearlens.data.batches import TokenBatches
 from smearlens.training.checkpoint import list_checkpoints, read_checkpoint
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
 from smearlens.training.tracking import Tracker
 
 LOGS = ("metrics.jsonl", "tracking.jsonl", "evaluation.jsonl")
+TOKENS = 600  # of the text that batches are drawn from
 
 
 class Tiny(nn.Module):
     """Predicts each token from the one before it: fast, and with dropout."""
 
-    def __init__(self, d_vocab: int = 13, width: int = 17):
+    def __init__(self, d_vocab: int = 11, width: int = 17):
         super().__init__()
         self.embed, self.drop = nn.Embedding(d_vocab, width), nn.Dropout(0.2)
         self.up, self.norm, self.out = (
@@ -60,33 +61,29 @@ class Tiny(nn.Module):
         )
 
 
-class RandomTokens:
-    """Tokens under every required argument of the model's forward pass."""
+class ShuffledText:
+    """Windows of a text in shuffled order, and for an encoder-decoder a source beside each."""
 
-    def __init__(self, model: nn.Module):
-        config = getattr(model, "config", None)
-        self.d_vocab = config.d_vocab if config else 13
-        self.length = min(config.n_ctx, 24) if config else 11
-        parameters = inspect.signature(model.forward).parameters.values()
-        self.names = [
-            p.name for p in parameters if p.default is p.empty and p.name != "return_type"
-        ]
+    def __init__(self, name: str):
+        text = torch.randint(11, (TOKENS,), generator=torch.Generator().manual_seed(5))
+        self.target = TokenBatches(text, 5, 11, 0, "shuffled")
+        self.source = TokenBatches(text, 5, 9, 1, "shuffled") if name == "Seq2Seq" else None
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        size = (5, self.length)
-        return {name: torch.randint(self.d_vocab, size, generator=generator) for name in self.names}
+        tokens = self.target.batch(step)["tokens"]
+        if self.source is None:
+            return {"tokens": tokens}
+        return {"source": self.source.batch(step)["tokens"], "target": tokens}
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(3)
-    return Tiny() if name == "tiny" else family(name).from_preset("cpu", dropout=0.1)
+    return Tiny() if name == "tiny" else model(name)
 
 
 def run(name: str, out: Path, steps: int, checkpoint_every: int) -> None:
     """The training that is killed."""
-    model = build(name)
-    data = RandomTokens(model)
+    data = ShuffledText(name)
     config = TrainConfig(
         steps=steps, accumulation=2, warmup=5, eval_every=7, checkpoint_every=checkpoint_every
     )
@@ -95,7 +92,7 @@ def run(name: str, out: Path, steps: int, checkpoint_every: int) -> None:
     def evaluate(model: nn.Module) -> dict[str, float]:
         return {"loss": model(**held_out, return_type="loss").item(), "draw": torch.rand(()).item()}
 
-    train(model, data, config, out=out, callbacks=[Tracker(evaluate)], evaluate=evaluate)
+    train(build(name), data, config, out=out, callbacks=[Tracker(evaluate)], evaluate=evaluate)
 
 
 def check(out: Path) -> None:
@@ -141,96 +138,101 @@ def state(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@dataclass
-class Tally:
-    """What the kills of one model led to."""
-
-    name: str
-    seconds: float  # of the undisturbed run
-    kills: int = 0
-    runs: int = 0
-    saved: int = 0  # kills after which there was a checkpoint beyond the first
-    mid_save: int = 0  # kills that left a half-written checkpoint behind
-    unreadable: int = 0
-    differing: int = 0  # bytes
-    failed: int = 0  # processes that ended with an error
-
-    HEADER = (
-        "model         undisturbed s  kills  mid-save  resumable  runs  unreadable  bytes differing"
-    )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name:<14}{self.seconds:>13.2f}{self.kills:>7}{self.mid_save:>10}{self.saved:>11}"
-            f"{self.runs:>6}{self.unreadable:>12}{self.differing:>17}"
-            + (f"  {self.failed} failed" if self.failed else "")
-        )
-
-    @property
-    def good(self) -> bool:
-        return not (self.unreadable or self.differing or self.failed)
+def differing(expected: dict[str, bytes], found: dict[str, bytes]) -> int:
+    """Bytes in which two states differ, or that one of them lacks."""
+    count = 0
+    for file, whole in expected.items():
+        other = found.get(file, b"")
+        count += sum(a != b for a, b in zip(whole, other, strict=False))
+        count += abs(len(whole) - len(other))
+    return count
 
 
-def campaign(name: str, kills: int, steps: int, every: int, root: Path, moments: random.Random):
-    """Kill the training of one model `kills` times."""
+def undisturbed(name: str, out: Path, steps: int, every: int) -> tuple[dict[str, bytes], float]:
+    """What a run ends with that nobody kills, and how long it takes."""
     start = time.perf_counter()
-    if wait(child(lambda: run(name, root / "undisturbed", steps, every))):
-        sys.exit(f"{name}: the undisturbed run failed")
-    tally = Tally(name, time.perf_counter() - start)
-    typical = tally.seconds
-    expected = state(root / "undisturbed")
-    out = root / "killed-0"
-    while tally.kills < kills or out.exists():  # the last run is brought to its end
-        patience = moments.uniform(0, typical) if tally.kills < kills else float("inf")
-        fresh, start = not out.exists(), time.perf_counter()
-        pid = child(lambda out=out: run(name, out, steps, every))
-        code = wait(pid, patience)
-        if code is None:
-            os.kill(pid, signal.SIGKILL)
-            code = wait(pid)
-        if code == -signal.SIGKILL:
-            tally.kills += 1
-            left = list((out / "checkpoints").glob("*"))
-            tally.mid_save += any(path.name.startswith(".") for path in left)
-            tally.saved += any(path.name > "step-000000" for path in left)
-            tally.unreadable += bool(wait(child(lambda out=out: check(out))))
-            continue
-        if fresh:
-            typical = time.perf_counter() - start  # the load of the machine may have changed
-        tally.failed += code != 0
-        tally.runs += 1
-        found = state(out) if code == 0 else {}
-        for file in expected:
-            pairs = zip(expected[file], found.get(file, b""), strict=False)
-            tally.differing += sum(a != b for a, b in pairs)
-            tally.differing += abs(len(expected[file]) - len(found.get(file, b"")))
-        out = root / f"killed-{tally.runs}"
-    return tally
+    if wait(child(lambda: run(name, out, steps, every))):
+        raise RuntimeError(f"{name}: the undisturbed run failed")
+    return state(out), time.perf_counter() - start
 
 
-def main() -> None:
+def campaign(
+    name: str, kills: int, steps: int, every: int, root: Path, moments: random.Random
+) -> Campaign:
+    """Kill the training of one model `kills` times."""
+    found = Campaign(
+        claim=f"Exact resume: {name}",
+        tried="kill -9 at random moments of training, dropout on, 2 batches per update, shuffled "
+        "text; then the same call again, until the run ends",
+        target="0 differing bytes of logs, weights, optimiser and random states; 0 unreadable "
+        "checkpoints",
+        counts=dict.fromkeys(("kills", "during a save", "after a checkpoint", "finished runs",
+                              "bytes compared", "bytes differing"), 0),
+    )  # fmt: skip
+    with found.timed():
+        expected, typical = undisturbed(name, root / "undisturbed", steps, every)
+        out = root / "killed-0"
+        while found.counts["kills"] < kills or out.exists():  # the last run is brought to its end
+            last = found.counts["kills"] >= kills
+            patience = float("inf") if last else moments.uniform(0, typical)
+            fresh, start = not out.exists(), time.perf_counter()
+            pid = child(lambda out=out: run(name, out, steps, every))
+            code = wait(pid, patience)
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+                code = wait(pid)
+            if code == -signal.SIGKILL:
+                _after_kill(found, out)
+                continue
+            if fresh:
+                typical = time.perf_counter() - start  # the load of the machine may have changed
+            number = found.counts["finished runs"] + 1
+            found.expect(code == 0, f"run {number} ended with exit code {code}")
+            bytes_off = differing(expected, state(out) if code == 0 else {})
+            found.expect(bytes_off == 0, f"run {number}: {bytes_off} bytes differ")
+            found.count("finished runs")
+            found.count("bytes compared", sum(map(len, expected.values())))
+            found.count("bytes differing", bytes_off)
+            out = root / f"killed-{number}"
+    return found
+
+
+def _after_kill(found: Campaign, out: Path) -> None:
+    """Count what a kill left behind."""
+    left = [path.name for path in (out / "checkpoints").glob("*")]
+    found.count("kills")
+    found.count("during a save", any(name.startswith(".") for name in left))
+    found.count("after a checkpoint", any(name > "step-000000" for name in left))
+    unreadable = wait(child(lambda: check(out)))
+    found.expect(not unreadable, f"kill {found.counts['kills']}: an unreadable checkpoint")
+
+
+def main(
+    names: Iterable[str] = FAMILIES,
+    *,
+    kills: int = 10,
+    steps: int = 60,
+    every: int = 4,
+    seed: int = 0,
+) -> Iterable[Campaign]:
+    moments = random.Random(seed)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports much
+    for name in names:
+        with tempfile.TemporaryDirectory() as root:
+            yield campaign(name, kills, steps, every, Path(root), moments)
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help="tiny, or class names such as ConvAttn")
+    parser.add_argument("models", nargs="*", default=FAMILIES, help="tiny, or class names")
     parser.add_argument("--kills", type=int, default=10, help="per model")
     parser.add_argument("--steps", type=int, default=60, help="updates of each run")
     parser.add_argument("--checkpoint-every", type=int, default=4, help="updates")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     given = parser.parse_args()
-    moments = random.Random(given.seed)
-    print(Tally.HEADER)
-    good = True
-    torch.optim.SGD(
-        [torch.zeros(1, requires_grad=True)]
-    )  # the first optimiser imports much of torch
-    for name in given.models:
-        with tempfile.TemporaryDirectory() as root:
-            tally = campaign(
-                name, given.kills, given.steps, given.checkpoint_every, Path(root), moments
-            )
-        print(tally, flush=True)
-        good = good and tally.good
-    sys.exit(not good)
-
-
-if __name__ == "__main__":
-    main()
+    script(
+        lambda: main(
+            given.models, kills=given.kills, steps=given.steps, every=given.checkpoint_every,
+            seed=given.seed,
+        )
+    )  # fmt: skip
