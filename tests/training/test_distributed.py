@@ -60,7 +60,6 @@ def test_the_command_of_the_docs_trains_in_two_processes(tmp_path):
     """`accelerate launch` as the page has it, against the same training in this process."""
     command = re.search(r"^ACCELERATE_USE_CPU=1 (accelerate launch .*)$", PAGE.read_text(), re.M)
     words = command[1].replace("runs/two", str(tmp_path / "two")).split()
-    train = words.index("train")
     words[0] = str(Path(sys.executable).with_name("accelerate"))
     words[2:2] = ["--main_process_port", "0"]  # a free one
     few = ["--steps", "7", "--checkpoint-every", "3"]  # the last of two equal options counts
@@ -72,7 +71,7 @@ def test_the_command_of_the_docs_trains_in_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nats per token") == 1  # one process speaks
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    main([one if word == two else word for word in words[train:]] + few)
+    main([one if word == two else word for word in words[words.index("train") :]] + few)
     two, one = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("two", "one")
@@ -80,5 +79,5 @@ def test_the_command_of_the_docs_trains_in_two_processes(tmp_path):
     assert len(two) == len(one) == 7
     for a, b in zip(two, one, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    trainer = torch.load(tmp_path / "two/checkpoints/step-000003/trainer.pt", weights_only=True)
+    trainer = torch.load(tmp_path / "two/checkpoints/step-000007/trainer.pt", weights_only=True)
     assert len(trainer["random_states"]) == 2  # there really were two processes
