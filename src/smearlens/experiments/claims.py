@@ -27,7 +27,7 @@ class Claim:
     """A statement from a write-up.
 
     Attributes:
-        number: in the registry
+        number: in the registry; 0 for a claim of a study's own
         statement: as a testable sentence
         source: which write-up, a key of `WRITEUPS`
         suspicion: why the figure behind it may be an artefact

@@ -93,9 +93,11 @@ def experiment(options: Any) -> str:
 
 
 def _verdict_line(verdict: dict[str, Any]) -> str:
-    claim = verdict["claim"]
+    from smearlens.viz.page import claim_name
+
+    claim, seeds = verdict["claim"], verdict["n_seeds"]
     return (
-        f"claim {claim['number']}: {verdict['outcome'].upper()} ({verdict['n_seeds']} seeds)\n"
+        f"{claim_name(claim['number'])}: {verdict['outcome'].upper()} ({seeds} seeds)\n"
         f"  “{claim['statement']}”\n  {verdict['because']}"
     )
 
@@ -180,6 +182,7 @@ def audit(options: Any) -> str:
 def claims(options: Any) -> str:
     """The registry, or a study's verdicts."""
     from smearlens.experiments.claims import CLAIMS, WRITEUPS
+    from smearlens.viz.page import claim_name
 
     if options.result is None:
         return "\n\n".join(
@@ -189,5 +192,6 @@ def claims(options: Any) -> str:
         )
     study = read_object(options.result, "name the result.json of a study", "verdicts")
     return "\n".join(
-        f"claim {v['claim']['number']}: {v['outcome']}: {v['because']}" for v in study["verdicts"]
+        f"{claim_name(v['claim']['number'])}: {v['outcome']}: {v['because']}"
+        for v in study["verdicts"]
     )

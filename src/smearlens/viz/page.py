@@ -67,6 +67,11 @@ def spoken(estimate: Estimate) -> str:
     return f"{mean} [{low}, {high}], n = {estimate.n}"
 
 
+def claim_name(number: int) -> str:
+    """What a claim is called: by its number in the registry, where 0 is none."""
+    return f"claim {number}" if number else "own claim"
+
+
 def claim_box(verdict: dict[str, Any]) -> str:
     """A verdict with its statement, reason, test and numbers."""
     claim = verdict["claim"]
@@ -77,7 +82,7 @@ def claim_box(verdict: dict[str, Any]) -> str:
     )
     return (
         f"<div class='claim {verdict['outcome']}'><b class='v'>{verdict['outcome']}</b> "
-        f"claim {claim['number']}: “{html.escape(claim['statement'])}”"
+        f"{claim_name(claim['number'])}: “{html.escape(claim['statement'])}”"
         f"<p>{html.escape(verdict['because'])}</p>"
         f"<details><summary>the test, and {len(verdict['findings'])} numbers behind the verdict"
         f"</summary><p class='soft'>{html.escape(claim['test'])}</p><ul>{items}</ul></details>"
