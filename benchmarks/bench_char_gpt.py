@@ -26,6 +26,7 @@ STEP_BARS = {"cpu": 1 / 1.25, "shakespeare": 1 / 1.1}  # time of a step, as a fr
 GENERATION_BAR = 1 / 5  # of a loop that runs the whole context again
 STREAMED_BAR = 0.8  # of the loss with all its logits
 BATCH = 12  # sequences in a step
+GENERATION_WHY = "products of matrices with one vector take nearly all the time, and equally long"
 LENGTH = 256  # of a generated text
 D_VOCAB = 50257  # of GPT-2's tokenizer
 
@@ -59,7 +60,7 @@ def generation_rows() -> Iterator[Row]:
         for other, run in peers.items():
             bar = GENERATION_BAR if other.startswith("running") else 1.0
             title = f"generation / {other}, {name}"
-            yield compare(title, shape, ours, run, bar, rounds=5)
+            yield compare(title, shape, ours, run, bar, rounds=5, why=GENERATION_WHY)
 
 
 def loss_rows() -> Iterator[Row]:

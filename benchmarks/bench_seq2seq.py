@@ -96,19 +96,23 @@ def rows() -> Iterator[Row]:
         peer = stepper(theirs, lambda theirs=theirs: theirs(**batch))
         name = f"training step of {preset} / torch's layers"
         yield compare(name, shape, mine, peer, STEP_BAR, rounds=15, why=STEP_WHY)
-    yield translation_row(ours, theirs, batch)
+    yield translation_row(batch)
     for n_heads in (4, 8):
         yield core_row(n_heads, shape)
 
 
-def translation_row(ours: Seq2Seq, theirs: TorchSeq2Seq, batch: dict[str, Tensor]) -> Row:
-    """Translations as long as `n_ctx` allows: random weights never write the end."""
-    given = batch["source"][:BATCH_TRANSLATED], batch["source_mask"][:BATCH_TRANSLATED]
-    length = ours.translate(given[0], source_mask=given[1]).shape[1]
-    ours.eval(), theirs.eval()
-    mine = lambda: ours.translate(given[0], source_mask=given[1], max_new_tokens=length)  # noqa: E731
-    peer = lambda: theirs.translate(*given, length)  # noqa: E731
-    return compare("translation / torch's layers", (BATCH_TRANSLATED, length), mine, peer)
+def translation_row(batch: dict[str, Tensor]) -> Row:
+    """Translations of fresh models, which go on to the end of `n_ctx`."""
+    ours = Seq2Seq.from_preset(PRESETS[-1]).eval()
+    theirs = TorchSeq2Seq(ours.config).eval()
+    source, mask = (batch[name][:BATCH_TRANSLATED] for name in ("source", "source_mask"))
+    length = ours.translate(source, source_mask=mask).shape[1]
+    name = f"translation by {PRESETS[-1]} / torch's layers"
+    return compare(
+        name, (BATCH_TRANSLATED, length),
+        lambda: ours.translate(source, source_mask=mask, max_new_tokens=length),
+        lambda: theirs.translate(source, mask, length),
+    )  # fmt: skip
 
 
 def core_row(n_heads: int, shape: tuple[int, int, int]) -> Row:

@@ -68,7 +68,8 @@ def time_row() -> Row:
             optimiser.zero_grad()
 
     found = compare("", sizes, look(metric, model), train, TIME_BAR * EVERY / TIMED)
-    share = {key: float(found[key]) * TIMED / EVERY for key in ("value", "low", "high", "wall")}
+    keys = found.keys() & {"value", "low", "high", "wall"}
+    share = {key: float(found[key]) * TIMED / EVERY for key in keys}
     name = f"one look / {EVERY} training steps"
     return found | share | {"name": name, "bar": TIME_BAR}
 

@@ -77,6 +77,7 @@ def known(out: Path | None) -> dict[str, Any]:
 def measure(name: str) -> dict[str, Any]:
     """Run a suite in a process of its own: its rows, what they cost, and what else went on."""
     start, before, load = time.perf_counter(), _cpu_seconds(), os.getloadavg()[0]
+    text = text_of(name)  # as it is now: an edit while it runs is another suite
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, str(HERE / "run.py"), name, "--rows", str(rows)]
@@ -84,7 +85,7 @@ def measure(name: str) -> dict[str, Any]:
         found = json.loads(rows.read_text()) if rows.exists() else []
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "text": None if status else text_of(name),  # what failed runs again
+        "text": None if status else text,  # what failed runs again
         "status": status,
         "load": [load, os.getloadavg()[0]],
         "cpu_seconds": _cpu_seconds() - before,

@@ -42,7 +42,7 @@ def main() -> int:
     common = _common_hash()
     sources = [*sorted((ROOT / "examples").glob("[0-9][0-9]_*.py")),
                *sorted((DOCS / "pages").rglob("*.md"))]  # fmt: skip
-    sources += sorted(results.RESULTS.glob("*/result.json"))
+    sources += results.result_files()
     wanted = {source: _stamp(source, common) for source in sources}
     stale = [source for source, stamp in wanted.items() if not stamp.exists()]
     os.environ.update(OMP_NUM_THREADS="1", SMEARLENS_PROGRESS="0", HF_HUB_OFFLINE="1")
@@ -132,7 +132,16 @@ def target_of(source: Path) -> Path:
 def _common_hash() -> bytes:
     """Of everything that every page depends on: the package and the builder."""
     digest = hashlib.sha256()
-    builder = ("cells", "execute", "render", "reference", "results")
+    builder = (
+        "benchmarks",
+        "cells",
+        "execute",
+        "mutation",
+        "reliability",
+        "render",
+        "reference",
+        "results",
+    )
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.js"),
              *(DOCS / "sitegen" / f"{name}.py" for name in builder), Path(__file__),
              ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"]  # fmt: skip
@@ -151,7 +160,7 @@ def _stamp(source: Path, common: bytes) -> Path:
     digest = hashlib.sha256(common + text)
     if source.suffix == ".py":
         digest.update(colab_home().encode())
-    if b"sitegen import results" in text:  # the page shows them
+    if b"from sitegen import" in text:  # the page may show them
         for file in sorted(results.RESULTS.glob("*/result.json")):
             digest.update(file.read_bytes())
     return STAMPS / f"{_key(source)}.{digest.hexdigest()[:16]}"

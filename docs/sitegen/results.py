@@ -50,9 +50,15 @@ class Study:
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """Name of a study to its committed result."""
+    """Name of a study to its committed result; results without verdicts are not of studies."""
     files = sorted(RESULTS.glob("*/result.json"))
-    return {file.parent.name: json.loads(file.read_text("utf-8")) for file in files}
+    found = {file.parent.name: json.loads(file.read_text("utf-8")) for file in files}
+    return {name: result for name, result in found.items() if "verdicts" in result}
+
+
+def result_files() -> list[Path]:
+    """The files of `results`."""
+    return [RESULTS / name / "result.json" for name in results()]
 
 
 def studies() -> list[Study]:

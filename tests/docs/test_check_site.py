@@ -55,7 +55,7 @@ def test_every_defect_is_found_where_it_is(browser, tmp_path, monkeypatch):
 
 def test_reports_of_committed_results_and_both_kinds_of_widgets_pass(browser, tmp_path):
     names = []
-    for source in sorted((ROOT / "results").glob("*/result.json")):
+    for source in results.result_files():
         target = tmp_path / source.parent.name / "report.html"
         target.parent.mkdir()
         results.write_report_of(source, target)
