@@ -425,9 +425,9 @@ def main() -> None:
     for said, found in (("at first", once), ("now", now)):
         print(said, {key: value for key, value in found.items() if key != "survivors"})
     if given.name:
-        write(
-            given.name, {"command": " ".join(["python", *sys.argv]), "at_first": once, "now": now}
-        )
+        options = f"--sample {given.sample} --seed {given.seed} --name {given.name}"
+        command = f"python benchmarks/mutation.py {options}"
+        write(given.name, {"command": command, "at_first": once, "now": now})
 
 
 def write(name: str, sample: dict[str, Any]) -> None:

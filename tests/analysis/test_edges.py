@@ -115,6 +115,11 @@ def rss_of(columns, y):
     return float(np.square(y - design @ np.linalg.lstsq(design, y, rcond=None)[0]).sum())
 
 
+def scales_of(steps):
+    first, last = max(steps[1], steps[-1] / 1e4) / 2, 2 * steps[-1]
+    return [first * (last / first) ** (i / 39) for i in range(40)]
+
+
 def evidence_by_hand(y, steps):
     """BIC of the best smooth curve minus that of the best two segments."""
     n, x = len(y), np.log1p(steps)
@@ -124,9 +129,7 @@ def evidence_by_hand(y, steps):
     )
     z = (x - x.mean()) / (x.max() - x.min())
     curves = [bic(rss_of([z**k for k in range(d + 1)], y), n, d + 1) for d in range(1, 6)]
-    first, last = max(steps[1], steps[-1] / 1e4) / 2, 2 * steps[-1]
-    for i in range(40):
-        scale = first * (last / first) ** (i / 39)
+    for scale in scales_of(steps):
         curves.append(bic(rss_of([one, np.exp(-steps / scale)], y), n, 3))
         curves += [bic(rss_of([one, (1 + steps / scale) ** -p], y), n, 4) for p in (0.5, 1, 2)]
     return min(curves) - bic(segments, n, 5)
@@ -136,11 +139,12 @@ def evidence_by_hand(y, steps):
 def test_the_evidence_for_a_change_is_the_difference_of_two_fits_by_hand(seed):
     rng = np.random.default_rng(seed)
     steps = np.cumsum(rng.integers(1, 40, 14)) - 1.0
+    early, middle, late = (scales_of(steps)[i] for i in (0, 15, 30))
     shape = [
-        np.exp(-steps / steps[1]), 1 / (1 + steps / 9), (1 + steps / 50) ** -2,
-        np.log1p(steps) ** 2,        (steps > 150) * 1.0, (1 + steps / 3) ** -0.5,
+        np.exp(-steps / early), 1 / (1 + steps / middle), (1 + steps / late) ** -2,
+        np.log1p(steps) ** 2, (steps > 150) * 1.0, (1 + steps / middle) ** -0.5,
     ][seed]  # fmt: skip
-    y = shape + 0.01 * rng.normal(size=14)
+    y = shape + 1e-4 * rng.normal(size=14)
     found = phase_change(y, steps)
     assert found.delta_bic[0] == pytest.approx(evidence_by_hand(y, steps), rel=1e-6, abs=1e-6)
     assert found.n == 1
