@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked children must not need threads
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads on a busy machine need not spin
 os.environ["SMEARLENS_PROGRESS"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,7 +30,7 @@ import smearlens
 from smearlens._files import write_atomically
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "stress" / "result.json"
-SUITES = ("resume", "saves", "files", "code", "input", "hooks", "injection", "training")
+SUITES = ("resume", "saves", "files", "code", "input", "hooks", "injection", "training", "memory")
 
 
 def main(names: list[str]) -> int:

@@ -148,6 +148,13 @@ def differing(expected: dict[str, bytes], found: dict[str, bytes]) -> int:
     return count
 
 
+def warm_up() -> None:
+    """Import what a training imports on its way, once, and not in every child."""
+    import tqdm  # noqa: F401
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports much
+
+
 def undisturbed(name: str, out: Path, steps: int, every: int) -> tuple[dict[str, bytes], float]:
     """What a run ends with that nobody kills, and how long it takes."""
     start = time.perf_counter()
@@ -216,7 +223,7 @@ def main(
     seed: int = 0,
 ) -> Iterable[Campaign]:
     moments = random.Random(seed)
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports much
+    warm_up()
     for name in names:
         with tempfile.TemporaryDirectory() as root:
             yield campaign(name, kills, steps, every, Path(root), moments)

@@ -134,6 +134,7 @@ def _judge_end(found: Campaign, out: Path, code: int | None, expected: dict, lef
 def main(
     kills: int = 100, *, name: str = "ConvAttn", steps: int = 40, seed: int = 1
 ) -> Iterable[Campaign]:
+    stress_resume.warm_up()
     with tempfile.TemporaryDirectory() as root:
         moments = random.Random(seed)
         yield campaign(kills, name, steps, Path(root), moments, longest=0.02)
