@@ -17,8 +17,9 @@ COLUMNS = ("torch", "transformer-lens")
 
 
 def compatibility() -> dict[str, Any]:
-    """The committed result."""
-    return json.loads((RESULTS / "compatibility" / "result.json").read_text("utf-8"))
+    """The committed result; without one, that nothing was tried."""
+    path = RESULTS / "compatibility" / "result.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"combinations": {}}
 
 
 def claimed() -> Markdown:
@@ -35,6 +36,8 @@ def claimed() -> Markdown:
 def combinations(found: dict[str, Any] | None = None) -> Markdown:
     """A row per combination: versions, tests, outcome."""
     found = compatibility() if found is None else found
+    if not found["combinations"]:
+        return Markdown("**No combination was tried yet.**")
     rows = []
     for name, c in found["combinations"].items():
         versions = [c.get("packages", {}).get(package, "") for package in COLUMNS]
@@ -47,7 +50,9 @@ def combinations(found: dict[str, Any] | None = None) -> Markdown:
 def oldest(found: dict[str, Any] | None = None) -> Markdown:
     """Every package of the oldest combination that was installed."""
     found = compatibility() if found is None else found
-    packages = found["combinations"]["oldest"].get("packages", {})
+    packages = found["combinations"].get("oldest", {}).get("packages", {})
+    if not packages:
+        return Markdown("**It was not tried yet.**")
     return Markdown(", ".join(f"{name} {version}" for name, version in sorted(packages.items())))
 
 
@@ -67,6 +72,8 @@ def gpu(found: dict[str, Any] | None = None) -> Markdown:
 def made(found: dict[str, Any] | None = None) -> Markdown:
     """Command, machine and tests."""
     found = compatibility() if found is None else found
+    if not found["combinations"]:
+        return Markdown("")
     tests = ", ".join(f"`{test}`" for test in found["tests"])
     return Markdown(f"Made by `{found['command']}` on {found['machine']}, with {tests}.")
 
