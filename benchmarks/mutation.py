@@ -88,9 +88,15 @@ class Forked:
     """In the place of pytest's loop over the tests: every run is in a copy of this process."""
 
     def __init__(
-        self, work: Path, sources: dict[str, bytes], mutants: list[Mutant], seconds: float
+        self,
+        work: Path,
+        seed: int,
+        sources: dict[str, bytes],
+        mutants: list[Mutant],
+        seconds: float,
     ):
         self.work, self.sources, self.mutants, self.seconds = work, sources, mutants, seconds
+        self.log = f"outcomes-{seed}.jsonl"
         self.failed: list[str] = []
 
     def pytest_configure(self, config: Any) -> None:
@@ -122,7 +128,7 @@ class Forked:
         began = time.process_time()
         runs = Coverage(self.work / "coverage.jsonl", self).measured()
         self.warm(runs)
-        log = self.work / "outcomes.jsonl"
+        log = self.work / self.log
         for number, mutant in enumerate(self.mutants):
             used = time.process_time() - began + _children()
             if used > self.seconds:
@@ -343,10 +349,10 @@ def _codes(code: types.CodeType) -> dict[str, types.CodeType]:
     return found
 
 
-def outcomes(work: Path) -> dict[str, list[dict[str, Any]]]:
+def outcomes(work: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Every outcome of each change, the oldest first."""
     found = defaultdict(list)
-    log = work / "outcomes.jsonl"
+    log = work / f"outcomes-{seed}.jsonl"
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
         found[entry["key"]].append(entry)
@@ -377,7 +383,7 @@ def score(found: list[tuple[Mutant, dict[str, Any]]], reasons: dict[str, str]) -
 
 def summary(sample: list[Mutant], work: Path, seed: int, which: int) -> dict[str, Any]:
     """One sample in figures; `which` is 0 for first outcomes and -1 for last ones."""
-    log, reasons = outcomes(work), accepted()
+    log, reasons = outcomes(work, seed), accepted()
     found = [(m, log[m.key][which]) for m in sample if m.key in log]
     found = [(m, o) for m, o in found if o["outcome"] != "not applied"]
     parts = {
@@ -408,7 +414,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # tests import their references
     work = given.work
     work.mkdir(parents=True, exist_ok=True)
-    sources, log, reasons = read_sources(), outcomes(work), accepted()
+    sources, log, reasons = read_sources(), outcomes(work, given.seed), accepted()
     sample = sample_of(given.sample, given.seed, sources, work)
     if given.again:
         last = {key: entries[-1]["outcome"] for key, entries in log.items()}
@@ -418,7 +424,10 @@ def main() -> None:
     print(f"{len(todo)} of {len(sample)} changes to try", flush=True)
     if todo:
         options = ["-q", "-s", "-p", "no:randomly", "-p", "no:xdist", "--no-header"]
-        pytest.main([*options, *given.tests], plugins=[Forked(work, sources, todo, given.seconds)])
+        pytest.main(
+            [*options, *given.tests],
+            plugins=[Forked(work, given.seed, sources, todo, given.seconds)],
+        )
     once, now = (summary(sample, work, given.seed, which) for which in (0, -1))
     for entry in now["survivors"]:
         print(entry["where"], entry["function"], entry["change"], "|", entry["accepted"] or "")
