@@ -1,17 +1,20 @@
 """Corners of measures: what a table shows, exact bounds, mixed precision, smooth curves."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
-from smearlens import layer_similarity, phase_change
+from smearlens import association, layer_similarity, phase_change, stripe_score
 from smearlens.analysis.association import association_within_run
 from smearlens.analysis.kernels import kernel_profile, score_by_lag
 from smearlens.analysis.mixing.implicit import implicit_mixings
 from smearlens.analysis.mixing.kinds import ComposedMixing, DenseMixing
 from smearlens.analysis.mixing.state_space import SSMMixing
+from smearlens.analysis.mixing.streaming import row_statistics
+from smearlens.analysis.phase_change import PhaseChange
 from smearlens.analysis.scores import Scores
 from smearlens.nn.conv import depthwise_conv
 
@@ -148,3 +151,42 @@ def test_the_evidence_for_a_change_is_the_difference_of_two_fits_by_hand(seed):
     found = phase_change(y, steps)
     assert found.delta_bic[0] == pytest.approx(evidence_by_hand(y, steps), rel=1e-6, abs=1e-6)
     assert found.n == 1
+
+
+@pytest.mark.parametrize(("evidence", "found"), [(9.9, False), (10.0, False), (10.1, True)])
+def test_evidence_must_exceed_ten(evidence, found):
+    assert PhaseChange(5.0, 4.0, 6.0, 1.0, (evidence,), 1).found is found
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.1, 1.5])
+def test_a_level_of_nothing_or_everything_is_refused(level):
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        association([1.0, 2, 3], [1.0, 3, 2], level=level)
+
+
+def test_seven_runs_are_paired_in_every_way():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(2, 7))
+    dx, dy = x - x.mean(), y - y.mean()
+    orders = np.array(list(permutations(range(7))))
+    share = np.mean(np.abs(dy[orders] @ dx) >= abs(dx @ dy) - 1e-12)
+    assert association(x, y).pearson.p_value == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("mass", [0.0, 1.0, -0.2])
+def test_a_span_of_nothing_or_everything_is_refused_in_streams(mass):
+    q = torch.rand(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="mass must lie between 0 and 1"):
+        row_statistics(q, q, causal=True, mass=mass)
+
+
+def test_the_maximum_of_a_stripe_does_not_depend_on_the_mass_of_the_rows():
+    pattern = torch.rand(1, 2, 5, 5).tril().softmax(-1).tril()
+    wanted = torch.eye(5, dtype=torch.bool).roll(-1, 1).tril()
+    pattern = pattern / pattern.sum(-1, keepdim=True)
+    for normalise_by in ("row", "mul"):
+        whole, half = (
+            stripe_score({"a.hook_pattern": p}, wanted, normalise_by=normalise_by).maximum["a"]
+            for p in (pattern, pattern / 2)
+        )
+        torch.testing.assert_close(half, whole)

@@ -7,9 +7,9 @@ import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, audit, repeated_tokens
 from smearlens.causal.ablate import Component, Effect, ablate
-from smearlens.causal.lags import role_without_lags
+from smearlens.causal.lags import present_only, role_without_lags
 from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future
-from smearlens.causal.patch import Recovery, patch_activation
+from smearlens.causal.patch import Recovery, patch_activation, patch_path
 from smearlens.data.synthetic import iid_tokens
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
@@ -96,6 +96,15 @@ def test_the_influence_of_a_cut_is_what_later_tokens_change():
             changed[:, cut + 1 :] = other[:, cut + 1 :]
             moved = (leaky(changed) - leaky(tokens))[:, : cut + 1].abs().max()
             assert found.influence[cut] == pytest.approx(float(moved), abs=1e-6)
+
+
+def test_a_leak_into_one_channel_is_located():
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=2)).eval()
+    last_channel = torch.zeros(12)
+    last_channel[-1] = 1
+    name = "blocks.1.hook_attn_out"
+    model.add_hook(name, lambda x, hook: x + x.roll(-1, 1) * last_channel)
+    assert audit(model, length=9).future.first_leak == name
 
 
 # Audit -------------------------------------------------------------------------------------------
@@ -249,3 +258,55 @@ def test_the_control_of_a_patch_is_another_clean_example():
         other = model.run_with_hooks(corrupt, fwd_hooks=[(name, lambda t, hook: moved)])
     torch.testing.assert_close(found.control, other[:, -1, 0])
     torch.testing.assert_close(found.patched, found.clean)
+
+
+def test_an_interval_narrows_with_its_level():
+    found = recovery([4.0, 3, 5, 4, 6], [2.0, 1, 3, 0, 4])
+    wide, narrow = found.interval(), found.interval(0.5)
+    assert wide[0] < narrow[0] < found.recovered < narrow[1] < wide[1]
+
+
+def test_the_control_of_a_path_is_another_clean_example():
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=2)).eval()
+    clean, corrupt = (iid_tokens(3, 7, 13, generator=seeded(s)) for s in (1, 2))
+    sender, receiver = "blocks.0.hook_resid_post", "blocks.1.attn.hook_v"
+    found = patch_path(model, clean, corrupt, sender, receiver, metric=last)
+    for shift, expected in ((0, found.patched), (1, found.control)):
+        moved = model.run_with_cache(clean)[1][sender].roll(shift, 0)
+        with model.hooks([(sender, lambda t, hook, moved=moved: moved)]):
+            told = model.run_with_cache(corrupt)[1][receiver]
+        with torch.no_grad():
+            logits = model.run_with_hooks(
+                corrupt, fwd_hooks=[(receiver, lambda t, hook, v=told: v)]
+            )
+        torch.testing.assert_close(expected, logits[:, -1, 0])
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_z"])
+def test_a_mean_is_over_examples_and_for_activations_over_positions(model, point):
+    tokens, name = repeated_tokens(4, 3, 11, 13, generator=seeded()), f"blocks.0.attn.{point}"
+    stored = model.run_with_cache(tokens)[1][name]
+    mean = stored.mean((0,) if point == "hook_pattern" else (0, 1), keepdim=True)
+    found = ablate(model, tokens, name, how="mean", metric=last, generator=seeded())
+    with torch.no_grad():
+        edited = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: mean.expand_as(t))])
+    torch.testing.assert_close(found.changed, edited[:, -1, 0])
+
+
+def test_controls_move_each_position_as_far_as_the_lags_do(model, monkeypatch):
+    tokens, seen = repeated_tokens(4, 3, 11, 13, generator=seeded()), []
+
+    def recorded(value):
+        seen.append(value)
+        return lambda _, hook: value
+
+    monkeypatch.setattr("smearlens.causal.lags.replace_with", recorded)
+    name = "blocks.0.attn.hook_k"
+    role_without_lags(model, tokens, "k", metric=last, n_controls=2, generator=seeded())
+    now = model.run_with_cache(tokens)[1][name]
+    with model.hooks(present_only(model)):
+        plain = model.run_with_cache(tokens)[1][name]
+    size = (plain - now).norm(dim=-1)
+    assert len(seen) == 2 + 1 + 2  # q and v as they were, k without lags, two controls
+    for control in seen[3:]:
+        torch.testing.assert_close((control - now).norm(dim=-1), size, atol=1e-5, rtol=1e-4)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from smearlens.nn.attention import Attention
+from smearlens.nn.layers import MLP
+from smearlens.nn.scan import selective_scan, selective_scan_plain
+from smearlens.nn.scan_variants import linear_scan
 from smearlens.nn.ssm import SelectiveSSM
 
 
@@ -26,6 +29,8 @@ def test_projections_have_biases_only_where_they_are_asked_for():
         layer = Attention(6, 3, bias=bias)
         assert (layer.in_proj.bias is not None) is bias
         assert (layer.out_proj.bias is not None) is bias
+        mlp = MLP(6, 5, bias=bias)
+        assert (mlp.up.bias is not None) is (mlp.down.bias is not None) is bias
 
 
 def test_the_step_sizes_of_a_new_layer_lie_in_their_range():
@@ -35,3 +40,33 @@ def test_the_step_sizes_of_a_new_layer_lie_in_their_range():
     assert 0.05 < float(delta.max()) <= 0.1 + 1e-6
     assert float(layer.dt_proj.weight.detach().abs().max()) <= 2**-0.5
     torch.testing.assert_close(layer.A.detach(), -torch.arange(1.0, 4).expand(400, 3))
+
+
+def test_steps_are_scaled_by_the_root_of_the_width():
+    assert SelectiveSSM(16, d_state=3, dt_rank=2, scale_delta=True).scale == 0.25
+    assert SelectiveSSM(16, d_state=3, dt_rank=2).scale == 1.0
+
+
+def test_a_width_that_is_not_the_layers_is_refused():
+    with pytest.raises(ValueError, match=r"x must be \[batch pos d_model=6\], got"):
+        Attention(6, 3)(torch.rand(2, 3, 5))
+
+
+def test_an_unknown_scan_has_a_nearest_one_however_far():
+    with pytest.raises(ValueError, match=r"no scan 'q'; nearest: \['[a-z-]+'\]"):
+        linear_scan(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), method="q")
+
+
+def test_the_gradient_of_a_gradient_knows_the_state_before():
+    def second(scan):
+        g = torch.Generator().manual_seed(0)
+        u, delta = torch.rand(2, 2, 5, 3, generator=g, dtype=torch.float64)
+        B, C = torch.rand(2, 2, 5, 2, generator=g, dtype=torch.float64)
+        state = torch.rand(2, 3, 2, generator=g, dtype=torch.float64)
+        A = -torch.rand(3, 2, generator=g, dtype=torch.float64)
+        inputs = [t.requires_grad_() for t in (u, delta, A, B, C, state)]
+        y, last = scan(*inputs[:5], initial_state=state)
+        first = torch.autograd.grad(y.square().sum() + last.sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
+
+    torch.testing.assert_close(second(selective_scan), second(selective_scan_plain))
