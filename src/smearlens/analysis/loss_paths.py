@@ -42,8 +42,8 @@ def loss_paths(
 
     >>> falling = torch.tensor([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
     >>> found = loss_paths({"a model": falling}, n_components=1)
-    >>> [round(x, 3) for x in found.paths["a model"][:, 0].tolist()]
-    [1.414, 0.0, -1.414]
+    >>> tuple(round(x, 3) for x in found.paths["a model"][:, 0].tolist())
+    (1.414, 0.0, -1.414)
 
     Args:
         losses: name of a model to the losses of its checkpoints, in nats, on the same tokens for
