@@ -42,7 +42,7 @@ def loss_paths(
 
     >>> falling = torch.tensor([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
     >>> found = loss_paths({"a model": falling}, n_components=1)
-    >>> tuple(round(x, 3) for x in found.paths["a model"][:, 0].tolist())
+    >>> tuple(round(x, 3) for x in found.paths["a model"].flatten().tolist())
     (1.414, 0.0, -1.414)
 
     Args:
