@@ -35,6 +35,7 @@ from smearlens.data.corpora import CorpusError, load_corpus
 from smearlens.data.pig_latin import read_pairs
 from smearlens.data.tokenizers import CharTokenizer
 from smearlens.experiments.commands import claims
+from smearlens.experiments.grid import run_grid
 from smearlens.experiments.study import open_study, seconds_in_cells
 from smearlens.models.families import load_model
 from smearlens.models.files import ModelFileError
@@ -292,7 +293,7 @@ def study_files(root: Path) -> Campaign:
     """What a study and a run do with damaged files of their own."""
     found = Campaign(
         claim="A broken file of a study is refused",
-        tried="study.json, result.json and the time of a cell, and config.json of a run: empty, "
+        tried="study.json, result.json, measures and time of a cell, config.json of a run: empty, "
         "cut, not text, a list, another JSON; read by the calls that continue or judge",
         target="every one refused by an error of this library that names the path and a way out",
     )
@@ -302,6 +303,7 @@ def study_files(root: Path) -> Campaign:
         "study.json": lambda: open_study(root, config),
         "result.json": lambda: claims(SimpleNamespace(result=root / "result.json")),
         "runs/cell/seconds.txt": lambda: seconds_in_cells([cell], root),  # pyrefly: ignore
+        "runs/cell/measures.json": lambda: run_grid([cell], dict, root),  # pyrefly: ignore
         "run/config.json": lambda: RunFolder(root / "run", {"train": {"steps": 3}}).close(),
     }
     contents = {

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smearlens.data import corpora
-from smearlens.data.corpora import CorpusError, load_corpus, read_text, wikitext_rows
+from smearlens.data.corpora import CorpusError, load_corpus, read_text
+from smearlens.experiments.smeared_keys.text_measures import wikitext_rows
 
 DATA = Path(os.environ.get("SMEARLENS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WIKITEXT = [("validation", "wiki.valid.raw.gz", 3760), ("test", "wiki.test.raw.gz", 4358)]

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from smearlens._explain import explained
+
 
 class CorpusError(ValueError):
     """A data file is missing, cut off, damaged or out of reach; the message says what to do."""
@@ -76,6 +78,7 @@ _REMEDY = "fetch it again with load_corpus({!r}, ..., rebuild=True)"
 CORPORA = (_EMBEDDED, *_HUB, *_ZIPPED)
 
 
+@explained
 def load_corpus(
     name_or_path: str | Path,
     split: str = "train",
@@ -130,15 +133,6 @@ def load_corpus(
         text, note = text[:max_chars], f"first {max_chars} characters of {note}"
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Corpus(name=name, split=split, text=text, source=source, sha256=sha256, note=note)
-
-
-def wikitext_rows(text: str) -> list[str]:
-    r"""Rows of a WikiText file as `datasets` gives them: a blank line is the row `""`.
-
-    >>> wikitext_rows(" \n = Title = \n")
-    ['', ' = Title = \n']
-    """
-    return [line if line.strip() else "" for line in io.StringIO(text, newline="\n")]
 
 
 def read_text(path: str | Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from smearlens._files import write_atomically
+from smearlens._files import read_object, write_atomically
 from smearlens.experiments.engines import run_elsewhere
 from smearlens.experiments.threads import one_thread
 from smearlens.models.base import HookedModel
@@ -88,6 +88,9 @@ def run_grid(
         jobs: cells at a time, where the engine (`engines.use_engine`) has several. Each cell runs
             on one thread, wherever it does, so that results do not depend on engine and number;
             what a dying worker leaves undone is done by this process
+
+    Raises:
+        ValueError: if two cells share a folder, or a `measures.json` was damaged, with its path
     """
     names = [cell.folder for cell in cells]
     if len(set(names)) != len(names):
@@ -98,7 +101,8 @@ def run_grid(
     run = partial(_run_share, tasks=tasks, runs=runs)
     run_elsewhere(run, missing, jobs)
     run(cells)
-    return [json.loads((runs / name / "measures.json").read_text()) for name in names]
+    again = "delete it to measure this cell again"
+    return [read_object(runs / name / "measures.json", again, "name", "seed") for name in names]
 
 
 def _run_share(cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], runs: Path) -> None:

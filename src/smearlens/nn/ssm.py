@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from smearlens._hooks import HookPoint, is_hooked
 from smearlens.nn.discretize import discretize, rule_named
-from smearlens.nn.scan import selective_scan
+from smearlens.nn.scan import selective_scan, selective_step
 from smearlens.nn.scan_variants import linear_scan
 
 DeltaKind = Literal["selective", "constant", "position"]
@@ -123,10 +123,15 @@ class SelectiveSSM(nn.Module):
         low, B, C = self.x_proj(u).split([self.low, self.d_state, self.d_state], dim=-1)
         delta = self.hook_delta(self._delta(low, past))
         B, C = self.hook_B(B), self.hook_C(C)
-        if self.path.startswith("fused"):
-            y, last = selective_scan(u, delta, self.A, B, C, rule=self.rule, initial_state=first)
-        else:
+        if not self.path.startswith("fused"):
             y, last = self._plain(u, delta, B, C, first)
+        elif first is not None and u.shape[1] == 1:  # decoding: one step needs no scan
+            y, last = selective_step(
+                u[:, 0], delta[:, 0], self.A, B[:, 0], C[:, 0], first, self.rule
+            )
+            y = y.unsqueeze(1)
+        else:
+            y, last = selective_scan(u, delta, self.A, B, C, rule=self.rule, initial_state=first)
         if state is not None:
             state[f"{self.name}.state"] = last
         return self.hook_y(y + self.D * u) * self.hook_gate(F.silu(gate))

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from smearlens._explain import explained
 from smearlens.models.base import HookedModel
 from smearlens.training.checkpoint import (
     Checkpoint,
@@ -66,6 +67,7 @@ class TrainResult:
         return self.logs.read(name)
 
 
+@explained
 def train(
     model: nn.Module,
     data: DataSource,

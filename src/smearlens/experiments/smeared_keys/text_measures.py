@@ -6,6 +6,7 @@ out repeats (`experiments.measures`) and text without padding.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from smearlens.causal.leaks import reads_future
 from smearlens.data.batches import Batches, PaddedBatches
-from smearlens.data.corpora import load_corpus, read_text, wikitext_rows
+from smearlens.data.corpora import load_corpus, read_text
 from smearlens.data.synthetic import iid_tokens
 from smearlens.data.tokenizers import gpt2_tokenizer
 from smearlens.models.base import HookedModel
@@ -50,6 +51,15 @@ def wikitext_text(data: str | None, split: str) -> str:
         )
     text = read_text(found[0])[: MAX_CHARS[split]]
     return text[: text.rfind("\n") + 1]
+
+
+def wikitext_rows(text: str) -> list[str]:
+    r"""Rows of a WikiText file as `datasets` gives them: a blank line is the row `""`.
+
+    >>> wikitext_rows(" \n = Title = \n")
+    ['', ' = Title = \n']
+    """
+    return [line if line.strip() else "" for line in io.StringIO(text, newline="\n")]
 
 
 def wikitext_lines(data: str | None, split: str) -> list[Int[Tensor, " _"]]:
