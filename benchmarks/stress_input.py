@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -207,10 +209,16 @@ def campaign(only: str = "") -> Campaign:
 
 
 def unchecked() -> Any:
-    """Run-time type checks off, and warnings unheard: as a user has it."""
+    """Run-time type checks off and warnings unheard, as a user has it; in an empty folder.
+
+    A wrong path may be a right one by chance: "" is the folder that this is run in.
+    """
     from contextlib import ExitStack
 
     stack = ExitStack()
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    stack.callback(os.chdir, os.getcwd())
+    os.chdir(folder)
     before = jaxtyping_config.jaxtyping_disable
     jaxtyping_config.update("jaxtyping_disable", True)
     stack.callback(jaxtyping_config.update, "jaxtyping_disable", before)
