@@ -13,7 +13,7 @@ from smearlens import (
     repeated_tokens,
 )
 from smearlens.causal.ablate import Component, Effect, ablate, measure_with
-from smearlens.causal.lags import keep_lags, present_only, role_without_lags
+from smearlens.causal.lags import exchange_lags, keep_lags, present_only, role_without_lags
 from smearlens.nn.scan import selective_scan
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
@@ -70,6 +70,72 @@ def test_zero_mean_and_resample_equal_hand_made_edits(model, tokens, generator):
     torch.testing.assert_close(
         effect.changed, run_manually(model, tokens, name, with_heads(z[partner]))
     )
+
+
+def test_what_is_stored_comes_from_the_reference(model, tokens, generator):
+    """Of other sequences, and for a mean over positions of another length too."""
+    name = "blocks.0.attn.hook_z"
+    other = repeated_tokens(9, (3, 5), 11, 13, generator=generator)
+    short = repeated_tokens(2, 3, 6, 13, generator=generator)
+    z = model.run_with_cache(other)[1][name]
+    expected = {
+        ("mean", other): z.mean((0, 1)),
+        ("mean", short): model.run_with_cache(short)[1][name].mean((0, 1)),
+        ("mean_by_position", other): z.mean(0),
+        ("resample", other): z[torch.randperm(9, generator=torch.Generator().manual_seed(5))][:7],
+    }
+    for (how, reference), new in expected.items():
+        effect = ablate(
+            model, tokens, name, how=how, reference=reference, metric=last_logit,
+            generator=torch.Generator().manual_seed(5),
+        )  # fmt: skip
+        edited = run_manually(model, tokens, name, lambda z, new=new: new.expand_as(z))
+        torch.testing.assert_close(effect.changed, edited)
+        torch.testing.assert_close(effect.clean, last_logit(model(tokens), tokens))
+
+
+@pytest.mark.parametrize(
+    ("how", "point", "batch", "length", "fits"),
+    [
+        ("mean", "hook_z", 1, 5, True),
+        ("mean", "hook_pattern", 1, 11, True),
+        ("mean", "hook_pattern", 7, 5, False),
+        ("mean_by_position", "hook_z", 1, 11, True),
+        ("mean_by_position", "hook_z", 7, 5, False),
+        ("resample", "hook_z", 7, 11, True),
+        ("resample", "hook_z", 6, 11, False),
+        ("resample", "hook_z", 7, 5, False),
+        ("zero", "hook_pattern", 1, 5, True),
+    ],
+)
+def test_a_reference_must_fit(model, tokens, generator, how, point, batch, length, fits):
+    reference = repeated_tokens(batch, 2, length, 13, generator=generator)
+    name = f"blocks.0.attn.{point}"
+    given = {"how": how, "reference": reference, "metric": last_logit, "generator": generator}
+    if fits:
+        assert ablate(model, tokens, name, **given).changed.shape == (7,)
+        return
+    message = (
+        rf"reference \[{batch}, {length}\] does not fit tokens \[7, 11\]: how='{how}' of {name}"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        ablate(model, tokens, name, **given)
+    assert ("no fewer than there are in tokens" in str(caught.value)) is (how == "resample")
+
+
+def test_half_of_the_units_have_the_other_half_as_control(tokens, generator):
+    four = ConvAttn(ConvAttnConfig(**{**SIZES, "n_heads": 4}, kernel_size=3)).eval()
+    name = "blocks.0.attn.hook_z"
+    given = {"metric": last_logit, "generator": generator}
+    effect = ablate(four, tokens, Component(name, (0, 2)), n_controls=2, **given)
+    other = ablate(four, tokens, Component(name, (1, 3)), **given)
+    assert effect.controls is not None
+    torch.testing.assert_close(effect.controls, other.changed.expand(2, -1))
+
+
+def test_no_units_are_not_all_units():
+    with pytest.raises(ValueError, match=r"units must be some indices, or None for all, got \(\)"):
+        Component("blocks.0.attn.hook_z", ())
 
 
 def test_controls_are_other_units_of_the_same_number(model, tokens, generator):
@@ -205,6 +271,10 @@ def test_an_effect_knows_its_interval():
         (
             lambda m, t, g: role_without_lags(m, t, "x", generator=g),
             r"roles must be some of 'q', 'k', 'v'",
+        ),
+        (
+            lambda m, t, g: exchange_lags(m, t, t[:3], "k"),
+            r"other \[3, 11\] must be as tokens are, \[7, 11\]",
         ),
     ],
 )

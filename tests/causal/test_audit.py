@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, audit
-from smearlens.causal.audit import count_targets
-from smearlens.causal.leaks import iid_floor, reads_future
+from smearlens.causal.audit import Audit, count_targets
+from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future
 from smearlens.data.synthetic import iid_tokens
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
@@ -51,6 +51,53 @@ def test_a_planted_leak_inside_attention_is_located():
     assert report.future.first_leak == "blocks.1.attn.hook_z"
 
 
+@pytest.mark.parametrize("point", ["hook_attn_scores", "hook_pattern"])
+def test_a_leak_into_the_weights_of_earlier_keys_is_located(point):
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=2)).eval()
+    name = f"blocks.1.attn.{point}"
+    model.add_hook(name, lambda weights, hook: weights.roll(-1, 2))  # those of the next query
+    assert audit(model, length=9).future.first_leak == name
+
+
+def test_a_mask_that_depends_on_later_tokens_is_a_leak():
+    """Where one input is masked and the other is not, scores differ by infinity."""
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=2)).eval()
+
+    def mask(scores, hook):
+        scores = scores.clone()
+        first = scores[..., 0]
+        first[..., 1:-1][first[..., 2:] > first[..., 1:-1]] = -torch.inf
+        return scores
+
+    model.add_hook("blocks.1.attn.hook_attn_scores", mask)
+    assert audit(model, length=9).future.first_leak == "blocks.1.attn.hook_attn_scores"
+
+
+@pytest.mark.parametrize("position", [0, 2, 4, 7])
+def test_the_jacobian_is_taken_at_both_ends_and_between(position):
+    model = AttnAttn(AttnAttnConfig(**SIZES, n_layers=1)).eval()
+
+    def leak(x, hook):
+        x = x.clone()
+        x[:, position] += x[:, position + 1]
+        return x
+
+    model.add_hook("blocks.0.hook_resid_post", leak)
+    generator = torch.Generator().manual_seed(1)
+    tokens = iid_tokens(3, 9, 13, generator=generator)
+    assert reads_future(model, tokens, generator=generator).jacobian > 1e-3
+
+
+def test_the_jacobian_sees_leaks_through_logits_that_sum_to_a_constant():
+    generator = torch.Generator().manual_seed(1)
+    model = ConvAttn(ConvAttnConfig(**SIZES, kernel_size=3, causal=False)).eval()
+    with torch.no_grad():
+        model.unembed.weight.sub_(model.unembed.weight.mean(0))
+    tokens = iid_tokens(3, 9, 13, generator=generator)
+    assert model(tokens).sum(-1).abs().max() < 1e-4
+    assert reads_future(model, tokens, generator=generator).jacobian > 1e-3
+
+
 def test_jacobian_finds_what_discrete_changes_find():
     generator = torch.Generator().manual_seed(1)
     model = ConvAttn(ConvAttnConfig(**SIZES, kernel_size=3, causal=False)).eval()
@@ -85,6 +132,58 @@ def test_audit_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
     assert not any(p.fwd_hooks for p in model.hook_points())
     del state
+
+
+def test_an_audit_is_of_the_model_without_dropout():
+    model = ConvAttn(ConvAttnConfig(**SIZES, kernel_size=3, dropout=0.5))
+    assert audit(model.train(), length=9).to_dict() == audit(model.eval(), length=9).to_dict()
+
+
+def test_a_copy_is_trained_without_the_hooks_of_the_model():
+    model, seen = ConvAttn(ConvAttnConfig(**SIZES, kernel_size=3)).eval(), []
+    for permanent in (True, False):
+        model.add_hook("hook_embed", lambda x, hook: seen.append(hook.name), is_permanent=permanent)
+    iid_floor(model, 5, steps=2, generator=torch.Generator().manual_seed(0))
+    assert len(seen) == 2  # both in the one run of the model as it is
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert len(seen) == 4
+
+
+def judged(iid=None, streaming=None, influence=0.0):
+    future = FutureRead([0.0, influence], [0, 1], 0.0, 1e-3, "blocks.0.conv.hook_out")
+    return Audit("a model", future, iid or IidFloor(2.0, 2.0, 0.01), streaming, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "finding"),
+    [
+        (judged(), None),
+        (judged(influence=0.0009, streaming=0.0099), None),
+        (judged(influence=0.25),
+         "reads the future: later tokens change logits by up to 0.25 (first at "
+         "blocks.0.conv.hook_out)"),
+        (judged(IidFloor(2.0, 1.5, 0.01)),
+         "beats the floor: loss 1.5000 on independent tokens, ln V = 2.0000"),
+        (judged(IidFloor(2.0, 1.5, 0.01, 1.25, 0.01, 7)),
+         "beats the floor: loss 1.2500 on independent tokens, ln V = 2.0000"),
+        (judged(IidFloor(2.0, 1.5, 0.01, 1.75, 0.01, 7)),
+         "beats the floor: loss 1.5000 on independent tokens, ln V = 2.0000"),
+        (judged(streaming=0.0125), "step by step its logits differ by 0.013 from one run"),
+        (judged(IidFloor(2.0, math.nan, math.nan)), "its loss on independent tokens is nan"),
+        (judged(IidFloor(2.0, math.inf, math.nan)), "its loss on independent tokens is inf"),
+    ],
+)  # fmt: skip
+def test_findings_in_words(found, finding):
+    assert found.findings == ([] if finding is None else [finding])
+    assert found.passed is (finding is None)
+    assert (f"  -> {finding}" in repr(found)) is not found.passed
+
+
+def test_a_model_that_says_nan_does_not_pass():
+    model = HONEST["conv"]()
+    with torch.no_grad():
+        model.unembed.weight[3, 2] = torch.nan
+    assert not audit(model, length=5).passed
 
 
 class Constant(ConvAttn):

@@ -82,7 +82,25 @@ def test_attribution_is_exact_where_the_model_is_linear(setting):
     torch.testing.assert_close(estimate, found.patched - found.corrupt, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("positions", "fit"),
+    [([10, -11], True), ([0], True), ([], False), ([11], False), ([2, -12], False)],
+)
+def test_positions_are_those_of_the_tokens(setting, positions, fit):
+    model, clean, corrupt = setting
+    given = {"positions": positions, "metric": target_logit}
+    if fit:
+        assert patch_activation(model, clean, corrupt, "hook_embed", **given).patched.shape == (19,)
+        return
+    with pytest.raises(ValueError, match=r"positions must be some of -11\.\.10, got \["):
+        patch_activation(model, clean, corrupt, "hook_embed", **given)
+
+
 def test_inputs_must_pair(setting):
     model, clean, corrupt = setting
     with pytest.raises(ValueError, match=r"clean \[19, 11\] and corrupt \[19, 7\]"):
         patch_activation(model, clean, corrupt[:, :7], "hook_embed", metric=target_logit)
+    with pytest.raises(ValueError, match=r"clean \[19, 11\] and corrupt \[17, 11\]"):
+        patch_path(model, clean, corrupt[:17], "hook_embed", "hook_embed", metric=target_logit)
+    with pytest.raises(ValueError, match=r"clean \[5, 11\] and corrupt \[19, 11\]"):
+        attribution(model, clean[:5], corrupt, ["hook_embed"], metric=target_logit)

@@ -92,6 +92,21 @@ def test_the_convolution_carries_the_rest_until_it_is_cut(n_layers, hide_positio
     torch.testing.assert_close(model.run_with_hooks(corrupt, fwd_hooks=hooks)[:, 7:], target)
 
 
+@pytest.mark.parametrize("propagate", [True, False])
+def test_a_patch_propagates_or_only_reads_out(propagate):
+    model, (clean, corrupt) = mamba(), pair()
+    states = read_states(model, clean, 4)
+    hooks = set_states(model, states, 6, channels=[1, 5], propagate=propagate)
+    expected = model.run_with_hooks(corrupt, fwd_hooks=hooks)
+    found = state_patch(
+        model, clean, corrupt, donor=4, recipient=6, channels=[1, 5], propagate=propagate,
+        metric=lambda logits, tokens: logits[:, 4:].square().sum((1, 2)),
+    )  # fmt: skip
+    torch.testing.assert_close(found.patched, expected[:, 6:].square().sum((1, 2)))
+    assert found.name.startswith("states of blocks.0.ssm, blocks.1.ssm, ")
+    assert found.name.endswith("propagating" if propagate else "read-out only")
+
+
 def test_the_metric_sees_the_runs_aligned():
     model, (clean, corrupt) = mamba(), pair()
     donor, recipient = torch.tensor([4, 1, 11]), torch.tensor([6, 0, -1])
@@ -218,6 +233,10 @@ def test_what_does_not_exist_is_named():
     for given, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             state_patch(model, clean, corrupt, metric=squares, **given)
+    with pytest.raises(ValueError, match="clean and corrupt differ in number: 3, 2"):
+        state_patch(model, clean, corrupt[:2], metric=squares, donor=4)
+    with pytest.raises(ValueError, match=re.escape("mask [3, 11] must be as tokens are, [3, 12]")):
+        freeze_delta(model, clean, mask=torch.ones(3, 11, dtype=torch.bool))
     wrong = set_states(model, {LAYER: torch.zeros(3, 12, 4)}, 2)
     with pytest.raises(ValueError, match=re.escape("[batch channel d_state] = [3, 12, 5], got")):
         model.run_with_hooks(clean, fwd_hooks=wrong)

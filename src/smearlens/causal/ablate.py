@@ -120,7 +120,7 @@ def ablate(
     *,
     how: str = "zero",
     metric: BehaviourMetric = induction_accuracy,
-    reference: Int[Tensor, "other pos"] | None = None,
+    reference: Int[Tensor, "other other_pos"] | None = None,
     n_controls: int = 5,
     generator: torch.Generator,
 ) -> Effect:
@@ -134,9 +134,13 @@ def ablate(
             activation of another example; "pattern_preserving", zero with every pattern (Δ, B and C
             of state-space layers) kept as in the clean run
         metric: behaviour, per example
-        reference: data set of the mean and of resampling; default `tokens`
+        reference: data set of the mean and of resampling; default `tokens`. Its sequences are as
+            long, unless positions are averaged over, and to resample no fewer
         n_controls: random components of the same size and place; none if `component` is all units
         generator: of resampling and of the controls
+
+    Raises:
+        ValueError: for a `how`, a hook or units that do not exist, or a reference that does not fit
 
     Source:
         Olsson et al. 2022 for pattern-preserving ablation
@@ -145,6 +149,7 @@ def ablate(
         raise ValueError(f"how must be one of {list(HOW)}, got {how!r}")
     component = Component(component) if isinstance(component, str) else component
     reference = tokens if reference is None else reference
+    _check_reference(reference, tokens, component, how)
     names = {component.name, *_routing(model)} if how == "pattern_preserving" else {component.name}
     with torch.no_grad():
         _, cache = model.run_with_cache(
@@ -174,6 +179,18 @@ def ablate(
 def replace_with(value: Tensor) -> Callable:
     """A hook that puts `value` in the place of whatever passes."""
     return lambda _, hook: value
+
+
+def _check_reference(reference: Tensor, tokens: Tensor, component: Component, how: str) -> None:
+    """Raise unless what is stored of `reference` fits what passes for `tokens`."""
+    placed = how in ("mean_by_position", "resample") or (how == "mean" and component.axis == 1)
+    fewer = how == "resample" and len(reference) < len(tokens)
+    if fewer or (placed and reference.shape[1] != tokens.shape[1]):
+        raise ValueError(
+            f"reference {list(reference.shape)} does not fit tokens {list(tokens.shape)}: "
+            f"how={how!r} of {component.name} needs sequences of the same length"
+            + (", no fewer than there are in tokens" if how == "resample" else "")
+        )
 
 
 def _routing(model: HookedModel) -> list[str]:

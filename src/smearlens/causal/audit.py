@@ -7,6 +7,7 @@ out how leaks are found (`causal.leaks`) and repairing anything.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,13 +56,15 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """No leak, no loss below the floor, streamed logits equal to full ones."""
+        """Finite logits, no leak, no loss below the floor, streamed logits equal to full ones."""
         return not self.findings
 
     @property
     def findings(self) -> list[str]:
         """What is wrong, one sentence each."""
         found = []
+        if not math.isfinite(self.iid.loss):
+            found.append(f"its loss on independent tokens is {self.iid.loss}")
         if self.future.leaks:
             found.append(
                 f"reads the future: later tokens change logits by up to "

@@ -107,7 +107,7 @@ def role_without_lags(
 def exchange_lags(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
-    other: Int[Tensor, "batch pos"],
+    other: Int[Tensor, "other_batch other_pos"],
     roles: Sequence[str],
     *,
     block: str = "blocks.0",
@@ -128,11 +128,13 @@ def exchange_lags(
         block: which block
 
     Raises:
-        ValueError: if the block has no convolution, or no such role
+        ValueError: if the block has no convolution, or no such role, or the shapes differ
 
     Source:
         Geiger et al. 2021, "Causal Abstractions of Neural Networks", interchange interventions
     """
+    if other.shape != tokens.shape:
+        raise ValueError(f"other {list(other.shape)} must be as tokens are, {list(tokens.shape)}")
     conv = f"{block}.conv"
     points, everything = _role_points(model, block, roles), _role_points(model, block, ())
     only_present = keep_lags(model, conv, [0])

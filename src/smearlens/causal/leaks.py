@@ -28,7 +28,8 @@ class FutureRead:
     Attributes:
         influence: largest change of a logit at a position <= t, per cut t [cut]
         cuts: the positions t
-        jacobian: largest |∂ logits[t] / ∂ embedding[s]| over s > t at the cuts tried
+        jacobian: largest |∂ (w · logits[t]) / ∂ embedding[s]| over s > t at the cuts tried; w is a
+            fixed random direction, since the logits of many models sum to a constant
         tolerance: what counts as a change
         first_leak: the first hook, in the order of computation, that depends on later tokens
     """
@@ -130,13 +131,13 @@ def _first_leak(model: HookedModel, tokens: Tensor, changed: Tensor, cut: int) -
         a, b = (t.narrow(axis, 0, cut + 1) for t in (a, b))
         if axis == 2:  # keys after the cut belong to changed tokens even in a causal layer
             a, b = a.tril(), b.tril()
-        if float((a - b).nan_to_num(posinf=0, neginf=0).abs().max()) > 1e-6:
+        if float((a - b).nan_to_num().abs().max()) > 1e-6:  # -inf in both is no change
             return name
     return None
 
 
 def _jacobian(model: HookedModel, tokens: Tensor) -> float:
-    """Largest |∂ logits[t] / ∂ embedding[s]|, s > t, over a handful of positions t."""
+    """Largest |∂ (w · logits[t]) / ∂ embedding[s]|, s > t, over a handful of positions t."""
     kept: list[Tensor] = []
 
     def leaf(value: Tensor, hook: Any) -> Tensor:
@@ -147,9 +148,10 @@ def _jacobian(model: HookedModel, tokens: Tensor) -> float:
     with torch.enable_grad():
         embed = [name for name in model.hook_dict if name.endswith("hook_embed")][-1]  # decoder's
         logits = model.run_with_hooks(tokens[:2], fwd_hooks=[(embed, leaf)])
-        largest = 0.0
+        direction = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0))
+        mixed, largest = logits @ direction.to(logits), 0.0
         for cut in sorted({0, length // 4, length // 2, length - 2}):
-            (grad,) = torch.autograd.grad(logits[:, cut].sum(), kept, retain_graph=True)
+            (grad,) = torch.autograd.grad(mixed[:, cut].sum(), kept, retain_graph=True)
             largest = max(largest, float(grad[:, cut + 1 :].abs().max()))
     return largest
 

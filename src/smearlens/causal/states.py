@@ -25,7 +25,7 @@ Layers = str | Sequence[str] | None
 def state_patch(
     model: HookedModel,
     clean: Int[Tensor, "batch pos"],
-    corrupt: Int[Tensor, "batch other_pos"],
+    corrupt: Int[Tensor, "other_batch other_pos"],
     layers: Layers = None,
     *,
     donor: int | Int[Tensor, " batch"],
@@ -61,10 +61,10 @@ def state_patch(
     Raises:
         ValueError: for layers, positions or channels that the model or the tokens do not have
     """
-    donor = _positions("donor", donor, *clean.shape)
-    recipient = _positions("recipient", donor if recipient is None else recipient, *corrupt.shape)
     if len(clean) != len(corrupt):
         raise ValueError(f"clean and corrupt differ in number: {len(clean)}, {len(corrupt)}")
+    donor = _positions("donor", donor, *clean.shape)
+    recipient = _positions("recipient", donor if recipient is None else recipient, *corrupt.shape)
     states = read_states(model, clean, donor, layers)
     others = {layer: state.roll(1, 0) for layer, state in states.items()}
 
@@ -176,7 +176,7 @@ def freeze_delta(
     tokens: Int[Tensor, "batch pos"],
     layers: Layers = None,
     *,
-    mask: Bool[Tensor, "batch pos"] | None = None,
+    mask: Bool[Tensor, "mask_batch mask_pos"] | None = None,
 ) -> Hooks:
     """Hooks that replace Δ by its mean per channel over `tokens`: steps that select nothing.
 
