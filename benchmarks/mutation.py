@@ -7,8 +7,9 @@ cheapest first, until one fails. Shape checks of the annotations are on, as in e
 change that no test reaches has survived; one that takes ten times the time of its tests is noticed.
 
 What was measured stays in the work folder: a run that was stopped goes on, and `--again` tries only
-what survived. `--name` puts the figures into `results/mutation/result.json`. Changes that make no
-difference are listed in `results/mutation/accepted.json` with the reason, one by one.
+what survived. `--packages` draws from some of the three alone. `--name` puts the figures into
+`results/mutation/result.json`. Changes that make no difference are listed in
+`results/mutation/accepted.json` with the reason, one by one.
 """
 
 from __future__ import annotations
@@ -72,11 +73,15 @@ def drawn(count: int, seed: int, sources: dict[str, bytes]) -> list[Mutant]:
     return chosen
 
 
-def sample_of(count: int, seed: int, sources: dict[str, bytes], work: Path) -> list[Mutant]:
+def sample_of(
+    count: int, seed: int, packages: list[str], sources: dict[str, bytes], work: Path
+) -> list[Mutant]:
     """The changes drawn when the work folder first saw this seed, as far as they still exist."""
-    file = work / f"sample-{seed}-{count}.json"
+    some = [] if packages == list(PACKAGES) else packages
+    file = work / f"sample-{'-'.join([str(seed), str(count), *some])}.json"
     if not file.exists():
-        file.write_text(json.dumps([m.key for m in drawn(count, seed, sources)], indent=0))
+        allowed = {path: text for path, text in sources.items() if _package(path) in packages}
+        file.write_text(json.dumps([m.key for m in drawn(count, seed, allowed)], indent=0))
     every = {m.key: m for path, text in sources.items() for m in mutants_of(path, text)}
     keys = json.loads(file.read_text())
     gone = [key for key in keys if key not in every]
@@ -318,6 +323,10 @@ def _module(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def _package(path: str) -> str:
+    return path.split("/")[1]
+
+
 def _file(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
@@ -389,7 +398,7 @@ def summary(sample: list[Mutant], work: Path, seed: int, which: int) -> dict[str
     parts = {
         name: score(part, reasons)
         for name in PACKAGES
-        if (part := [(m, o) for m, o in found if m.path.split("/")[1] == name])
+        if (part := [(m, o) for m, o in found if _package(m.path) == name])
     }
     survivors = [
         {"where": f"{m.path}:{m.line}", "function": m.function, "operator": m.operator,
@@ -404,6 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=400, help="changes to try")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=list(PACKAGES))
     parser.add_argument("--seconds", type=float, default=3000, help="processor time, at most")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation")
     parser.add_argument("--again", action="store_true", help="try what survived once more")
@@ -415,7 +425,7 @@ def main() -> None:
     work = given.work
     work.mkdir(parents=True, exist_ok=True)
     sources, log, reasons = read_sources(), outcomes(work, given.seed), accepted()
-    sample = sample_of(given.sample, given.seed, sources, work)
+    sample = sample_of(given.sample, given.seed, given.packages, sources, work)
     if given.again:
         last = {key: entries[-1]["outcome"] for key, entries in log.items()}
         todo = [m for m in sample if last.get(m.key) == "survived" and m.key not in reasons]
@@ -435,6 +445,8 @@ def main() -> None:
         print(said, {key: value for key, value in found.items() if key != "survivors"})
     if given.name:
         options = f"--sample {given.sample} --seed {given.seed} --name {given.name}"
+        if given.packages != list(PACKAGES):
+            options += f" --packages {' '.join(given.packages)}"
         command = f"python benchmarks/mutation.py {options}"
         write(given.name, {"command": command, "at_first": once, "now": now})
 
@@ -446,7 +458,7 @@ def write(name: str, sample: dict[str, Any]) -> None:
     sources = read_sources()
     result["changes"] = dict.fromkeys(PACKAGES, 0)
     for path, text in sources.items():
-        result["changes"][path.split("/")[1]] += len(mutants_of(path, text))
+        result["changes"][_package(path)] += len(mutants_of(path, text))
     sample["at_first"].pop("survivors")
     result["samples"][name] = sample
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
