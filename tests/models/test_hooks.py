@@ -392,6 +392,21 @@ def test_whatever_is_attached_to_a_point_is_noticed(register):
     assert is_hooked(point)
 
 
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_torch_attaches_to_a_point_runs(pre, backward):
+    point, seen = HookPoint(), []
+    x = torch.ones(3, requires_grad=True)
+    assert point(x) is x
+    direction = "full_backward" if backward else "forward"
+    register = getattr(point, f"register_{direction}{'_pre' if pre else ''}_hook")
+    handle = register(lambda *given: seen.append(1))
+    point(x).sum().backward()
+    assert seen == [1]
+    handle.remove()
+    assert point(x) is x
+
+
 # TransformerLens -----------------------------------------------------------------------------
 
 

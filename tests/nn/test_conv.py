@@ -259,7 +259,7 @@ def test_a_cached_kernel_does_not_follow_the_optimiser(generator):
 
 
 @pytest.mark.parametrize("taps", [1, 2, 5])
-@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 1, 5], [11], [1, 10]])
+@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 1, 5], [11], [1, 0, 10]])
 def test_steps_equal_one_full_convolution(taps, pieces, generator):
     module = DepthwiseConv(3, taps, bias=True)
     x = torch.randn(2, 11, 3, generator=generator)
@@ -289,6 +289,8 @@ def test_steps_that_cannot_be_are_explained(unchecked):
         DepthwiseConv(3, 3, causal=False).step(torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match=re.escape("last 2 inputs, [2, 2, 3], got [2, 3, 3]")):
         DepthwiseConv(3, 3).step(torch.zeros(2, 1, 3), torch.zeros(2, 3, 3))
+    with pytest.raises(ValueError, match="with the 3 channels of the weight"):
+        DepthwiseConv(3, 3).step(torch.zeros(2, 1, 1))  # one channel would spread over all three
     with pytest.raises(ValueError, match="kernel_size must be at least 1, got 0"):
         DepthwiseConv(3, 0)
     with pytest.raises(ValueError, match="channels must be at least 1, got -2"):

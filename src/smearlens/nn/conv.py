@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smearlens._explain import describe, explained
-from smearlens._hooks import HookPoint
+from smearlens._hooks import HookPoint, is_hooked
 
 _TILE = 2**18  # numbers per tile: 1 MB of float32, so that all taps find it in the cache
 
@@ -50,7 +50,8 @@ def depthwise_conv(
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if x.device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        return _TapByTap.apply(x.contiguous(), weight, bias, future)
+        run = _TapByTap.apply if torch.is_grad_enabled() else _convolve  # apply takes 0.1 ms
+        return run(x.contiguous(), weight, bias, future)
     return depthwise_conv_plain(x, weight, bias, future=future)
 
 
@@ -156,8 +157,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, future: int) -> None:
 class DepthwiseConv(nn.Module):
     r"""y[t, c] = b[c] + Σ_i w[c, i] · x[t - lags[i], c], one kernel per channel.
 
-    Initialised as `nn.Conv1d` is: uniform within ±1/√kernel_size.
-
     Args:
         channels: width of the input and of the output
         kernel_size: taps
@@ -181,7 +180,7 @@ class DepthwiseConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights, as `nn.Conv1d` does with one input channel per group."""
+        """Draw new weights uniformly within ±1/√kernel_size, as a depthwise `nn.Conv1d` does."""
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -196,15 +195,13 @@ class DepthwiseConv(nn.Module):
     ) -> Float[Tensor, "batch pos channel"]:
         """Convolve `x`; with `state`, as what follows the positions that `state` has seen.
 
-        Args:
-            x: the input
-            state: the last inputs of earlier calls under `{name}.past`; read and updated
+        `state` holds the last inputs of earlier calls under `{name}.past`; it is updated.
         """
-        if state is None:
-            x = self.hook_in(x)
-            return self.hook_out(depthwise_conv(x, self._kernel(), self.bias, future=self._future))
-        y, state[f"{self.name}.past"] = self.step(x, state.get(f"{self.name}.past"))
-        return y
+        if state is not None:
+            y, state[f"{self.name}.past"] = self.step(x, state.get(f"{self.name}.past"))
+            return y
+        x, kernel = self.hook_in(x), self._kernel()
+        return self.hook_out(depthwise_conv(x, kernel, self.bias, future=self._future))
 
     def step(
         self,
@@ -226,6 +223,7 @@ class DepthwiseConv(nn.Module):
                 "a convolution with causal=False reads tokens that do not exist yet: "
                 "run it on the whole sequence, or build it with causal=True"
             )
+        _check(x_new, self.weight, self.bias, 0)
         (batch, _, channels), past = x_new.shape, self.weight.shape[1] - 1
         if buffer is None:
             buffer = x_new.new_zeros(batch, past, channels)
@@ -235,7 +233,11 @@ class DepthwiseConv(nn.Module):
                 f"got {list(buffer.shape)}; buffer=None starts a sequence"
             )
         seen = torch.cat((buffer, self.hook_in(x_new)), dim=1)
-        y = depthwise_conv(seen, self._kernel(), self.bias)[:, past:]
+        if x_new.shape[1] != 1:
+            y = depthwise_conv(seen, self._kernel(), self.bias)[:, past:]
+        else:  # decoding: one sum over the taps
+            y = (seen * self._kernel().flip(-1).t()).sum(1, keepdim=True)
+            y = y if self.bias is None else y + self.bias
         return self.hook_out(y), seen[:, seen.shape[1] - past :].clone()
 
     @property
@@ -243,9 +245,8 @@ class DepthwiseConv(nn.Module):
         return 0 if self.causal else self.weight.shape[1] // 2
 
     def _kernel(self) -> Float[Tensor, "channel tap"]:
-        return self.hook_kernel(
-            self.weight.clone()
-        )  # a cached kernel must not follow the optimiser
+        point = self.hook_kernel  # gets a copy: a cached kernel must not follow the optimiser
+        return point(self.weight.clone()) if is_hooked(point) else self.weight
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -231,8 +232,15 @@ def at_least_float32(*tensors: Float[Tensor, "..."]) -> tuple[Float[Tensor, "...
     """The tensors in their common dtype, float32 or wider: products of decays need the digits."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(t if t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which nothing is cast down; free where nothing would be."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class _Moment(torch.autograd.Function):

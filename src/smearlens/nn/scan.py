@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smearlens.nn.discretize import RULES, at_least_float32, discretize, rule_named
+from smearlens.nn.discretize import (
+    RULES,
+    at_least_float32,
+    discretize,
+    rule_named,
+    without_autocast,
+)
 from smearlens.nn.scan_blocks import Inputs, block_length, pull_blocks, run_blocks
 from smearlens.nn.scan_variants import linear_scan
 
@@ -80,7 +86,7 @@ def selective_scan(
         initial_state = initial_state.to(u.dtype)
     inputs = (initial_state, u, delta, A, B, C)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         y, final_state = _BlockedScan.apply(chosen.name, keep, *inputs)
     return y.to(given), final_state
 
@@ -105,7 +111,7 @@ def selective_scan_plain(
     u, delta, A, B, C = at_least_float32(u, delta, A, B, C)
     if initial_state is not None:
         initial_state = initial_state.to(u.dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         A_bar, gain = rule_named(rule).factors(delta.unsqueeze(-1), A)
         write = gain * u.unsqueeze(-1) * B.unsqueeze(-2)  # B_bar · u, one large tensor fewer
         states, final_state = linear_scan(A_bar, write, initial_state=initial_state)
@@ -129,7 +135,7 @@ def selective_step(
     """
     given = u.dtype
     u, delta, A, B, C, state = at_least_float32(u, delta, A, B, C, state)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         A_bar, B_bar = discretize(delta, A, B, rule)
         state = torch.addcmul(B_bar * u.unsqueeze(-1), A_bar, state)
         y = (state @ C.unsqueeze(-1)).squeeze(-1)
@@ -168,7 +174,7 @@ class _BlockedScan(torch.autograd.Function):
         if d_final is not None:
             d_state.copy_(d_final.mT)
         d_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u.device):
             pull_blocks(
                 RULES[ctx.rule],
                 Inputs.views(*inputs),

@@ -134,7 +134,7 @@ class SelectiveSSM(nn.Module):
             y, last = selective_scan(u, delta, self.A, B, C, rule=self.rule, initial_state=first)
         if state is not None:
             state[f"{self.name}.state"] = last
-        return self.hook_y(y + self.D * u) * self.hook_gate(F.silu(gate))
+        return self.hook_y(torch.addcmul(y, self.D, u)) * self.hook_gate(F.silu(gate))
 
     def _add_delta_weights(self, d_inner: int, dt_rank: int, n_ctx: int) -> None:
         """The weights that this kind of Δ needs, and no others."""
@@ -156,7 +156,8 @@ class SelectiveSSM(nn.Module):
             raw = positions.repeat(low.shape[0], 1, 1)
         else:
             raw = self.dt_proj(low)
-        return F.softplus(self.hook_delta_raw(raw)) * self.scale
+        delta = F.softplus(self.hook_delta_raw(raw))
+        return delta if self.scale == 1.0 else delta * self.scale
 
     def _plain(
         self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, first: Tensor | None
