@@ -5,9 +5,23 @@ import math
 import pytest
 import torch
 
-from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, audit
+from smearlens import (
+    AttnAttn,
+    AttnAttnConfig,
+    ConvAttn,
+    ConvAttnConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    audit,
+)
 from smearlens.causal.audit import Audit, count_targets
-from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future
+from smearlens.causal.leaks import (
+    FutureRead,
+    IidFloor,
+    iid_floor,
+    reads_future,
+    streaming_gap,
+)
 from smearlens.data.synthetic import iid_tokens
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17}
@@ -96,6 +110,86 @@ def test_the_jacobian_sees_leaks_through_logits_that_sum_to_a_constant():
     tokens = iid_tokens(3, 9, 13, generator=generator)
     assert model(tokens).sum(-1).abs().max() < 1e-4
     assert reads_future(model, tokens, generator=generator).jacobian > 1e-3
+
+
+def test_the_jacobian_is_that_of_one_mix_of_the_logits():
+    model = ConvAttn(ConvAttnConfig(**SIZES, kernel_size=3, causal=False)).eval()
+    tokens = iid_tokens(3, 7, 13, generator=torch.Generator().manual_seed(1))
+    found = reads_future(model, tokens, generator=torch.Generator().manual_seed(2)).jacobian
+    w = torch.randn(13, generator=torch.Generator().manual_seed(0))
+    by_hand = []
+    for one in tokens[:2]:
+        embedded = model.run_with_cache(one[None])[1]["hook_embed"].detach()
+
+        def mixed(x, one=one):
+            hooks = [("hook_embed", lambda t, hook: x)]
+            return model.run_with_hooks(one[None], fwd_hooks=hooks)[0] @ w
+
+        slopes = torch.autograd.functional.jacobian(mixed, embedded)[:, 0]  # [query pos d_model]
+        by_hand += [slopes[t, t + 1 :].abs().max() for t in (0, 1, 3, 5)]
+    assert found == pytest.approx(float(max(by_hand)), rel=1e-4)
+
+
+def test_an_audit_of_a_decoder_changes_what_the_decoder_reads():
+    model = Seq2Seq(Seq2SeqConfig(**{**SIZES, "n_ctx": 9}, start=11, end=12)).eval()
+    decoder = model.decoder_given(torch.tensor([[1, 4, 2]]))
+    assert audit(decoder).passed
+    model.decoder.blocks[1].attn.causal = False
+    found = audit(decoder).future
+    assert found.jacobian > 1e-4
+    assert found.first_leak == "decoder.blocks.1.attn.hook_pattern"
+
+
+def test_an_audit_is_its_parts_on_eight_sequences():
+    model, generator = HONEST["conv"]().eval(), torch.Generator().manual_seed(0)
+    found = audit(model, length=9, floor_steps=2)
+    tokens = iid_tokens(8, 9, 13, generator=generator)
+    assert found.future == reads_future(model, tokens, generator=generator)
+    assert found.iid == iid_floor(model, 9, steps=2, generator=generator)
+    assert found.streaming == streaming_gap(model, tokens)
+
+
+@pytest.mark.parametrize(("n_ctx", "cuts"), [(47, 46), (48, 47), (64, 47)])
+def test_an_audit_reads_at_most_48_tokens(n_ctx, cuts):
+    model = ConvAttn(ConvAttnConfig(**{**SIZES, "n_ctx": n_ctx}, kernel_size=3))
+    assert audit(model).future.cuts == list(range(cuts))
+
+
+def test_the_loss_after_training_is_that_of_adam_on_batches_of_32():
+    model, generator = HONEST["conv"]().eval(), torch.Generator().manual_seed(3)
+    found = iid_floor(model, 5, steps=3, generator=generator)
+    generator.manual_seed(3)
+    copied = ConvAttn(model.config).train()
+    copied.load_state_dict(model.state_dict())
+    iid_tokens(256, 5, 13, generator=generator)  # those of the loss before
+    optimizer = torch.optim.Adam(copied.parameters(), lr=3e-3)
+    for _ in range(3):
+        tokens = iid_tokens(32, 5, 13, generator=generator)
+        logits = copied(tokens)[:, :-1]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    fresh = iid_tokens(256, 5, 13, generator=generator)
+    with torch.no_grad():
+        chosen = copied(fresh)[:, :-1].log_softmax(-1).gather(-1, fresh[:, 1:, None])
+    assert found.trained_loss == pytest.approx(-float(chosen.double().mean()), abs=1e-5)
+    assert found.steps == 3
+
+
+class Stuttering(ConvAttn):
+    """Says something else where it reads token 3 step by step."""
+
+    def forward(self, tokens, *args, state=None, **kwargs):
+        said = super().forward(tokens, *args, state=state, **kwargs)
+        return said if state is None else said + 0.25 * (tokens == 3)[..., None]
+
+
+def test_the_gap_of_streaming_is_the_largest():
+    model = Stuttering(ConvAttnConfig(**SIZES, kernel_size=3)).eval()
+    tokens = torch.tensor([[1, 2, 4, 5], [1, 3, 2, 1]])
+    assert streaming_gap(model, tokens[:1]) == pytest.approx(0, abs=1e-5)
+    assert streaming_gap(model, tokens) == pytest.approx(0.25, abs=1e-5)
+    assert "step by step its logits differ by 0.25" in audit(model).findings[-1]
 
 
 def test_jacobian_finds_what_discrete_changes_find():

@@ -76,10 +76,11 @@ def test_three_standard_errors_below_the_floor_is_broken(loss, trained, broken):
 def test_three_standard_errors_of_either_loss_count_apart():
     assert not IidFloor(2.0, 2.0, 0.0, 1.9, 0.1).broken
     assert IidFloor(2.0, 1.9, 0.0, 2.0, 0.1).broken
+    assert not IidFloor(2.0, 2.0, 0.0, 1.0, None).broken  # a loss without its error shows nothing
 
 
 @pytest.mark.parametrize(
-    ("influence", "jacobian", "leaks"), [(0.1, 0.0, False), (0.2, 0.0, True), (0.0, 0.2, True)]
+    ("influence", "jacobian", "leaks"), [(0.1, 0.1, False), (0.2, 0.0, True), (0.0, 0.2, True)]
 )
 def test_a_leak_is_above_the_tolerance(influence, jacobian, leaks):
     assert FutureRead([0.0, influence], [0, 1], jacobian, 0.1, None).leaks is leaks
@@ -258,6 +259,9 @@ def test_the_control_of_a_patch_is_another_clean_example():
         other = model.run_with_hooks(corrupt, fwd_hooks=[(name, lambda t, hook: moved)])
     torch.testing.assert_close(found.control, other[:, -1, 0])
     torch.testing.assert_close(found.patched, found.clean)
+    with torch.no_grad():
+        torch.testing.assert_close(found.clean, model(clean)[:, -1, 0])
+        torch.testing.assert_close(found.corrupt, model(corrupt)[:, -1, 0])
 
 
 def test_an_interval_narrows_with_its_level():
@@ -271,6 +275,9 @@ def test_the_control_of_a_path_is_another_clean_example():
     clean, corrupt = (iid_tokens(3, 7, 13, generator=seeded(s)) for s in (1, 2))
     sender, receiver = "blocks.0.hook_resid_post", "blocks.1.attn.hook_v"
     found = patch_path(model, clean, corrupt, sender, receiver, metric=last)
+    with torch.no_grad():
+        torch.testing.assert_close(found.clean, model(clean)[:, -1, 0])
+        torch.testing.assert_close(found.corrupt, model(corrupt)[:, -1, 0])
     for shift, expected in ((0, found.patched), (1, found.control)):
         moved = model.run_with_cache(clean)[1][sender].roll(shift, 0)
         with model.hooks([(sender, lambda t, hook, moved=moved: moved)]):

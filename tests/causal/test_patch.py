@@ -84,7 +84,7 @@ def test_attribution_is_exact_where_the_model_is_linear(setting):
 
 @pytest.mark.parametrize(
     ("positions", "fit"),
-    [([10, -11], True), ([0], True), ([], False), ([11], False), ([2, -12], False)],
+    [([10, -11], True), (range(-11, 11), True), ([], False), ([11], False), ([2, -12], False)],
 )
 def test_positions_are_those_of_the_tokens(setting, positions, fit):
     model, clean, corrupt = setting

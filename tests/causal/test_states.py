@@ -37,7 +37,7 @@ def squares(logits, tokens):
 
 
 @RULES
-@pytest.mark.parametrize("channels", [None, [1, 4, 7]])
+@pytest.mark.parametrize("channels", [None, [0, 4, 11]])
 def test_later_states_follow_the_recurrence(rule, channels):
     model, (tokens, _) = mamba(n_layers=1, rule=rule), pair()
     _, cache = model.run_with_cache(tokens)
@@ -92,6 +92,16 @@ def test_the_convolution_carries_the_rest_until_it_is_cut(n_layers, hide_positio
     torch.testing.assert_close(model.run_with_hooks(corrupt, fwd_hooks=hooks)[:, 7:], target)
 
 
+def test_the_control_of_a_patch_is_the_state_of_the_example_before():
+    model, (clean, corrupt) = mamba(), pair()
+    states = read_states(model, clean, 4)
+    moved = {layer: state[[2, 0, 1]] for layer, state in states.items()}
+    logits = model.run_with_hooks(corrupt, fwd_hooks=set_states(model, moved, 6))
+    found = state_patch(model, clean, corrupt, donor=4, recipient=6, metric=squares)
+    torch.testing.assert_close(found.clean, squares(model(clean), clean))
+    torch.testing.assert_close(found.control, logits[:, -1].square().sum(-1))
+
+
 @pytest.mark.parametrize("propagate", [True, False])
 def test_a_patch_propagates_or_only_reads_out(propagate):
     model, (clean, corrupt) = mamba(), pair()
@@ -109,7 +119,7 @@ def test_a_patch_propagates_or_only_reads_out(propagate):
 
 def test_the_metric_sees_the_runs_aligned():
     model, (clean, corrupt) = mamba(), pair()
-    donor, recipient = torch.tensor([4, 1, 11]), torch.tensor([6, 0, -1])
+    donor, recipient = torch.tensor([4, 1, 2]), torch.tensor([6, 0, -1])
     seen = []
 
     def metric(logits, tokens):
@@ -122,7 +132,8 @@ def test_the_metric_sees_the_runs_aligned():
     torch.testing.assert_close(other[0], model(corrupt)[0, 2:])
     torch.testing.assert_close(other[1, 1:], model(corrupt)[1, :11])
     assert other[1, 0].isnan().all()
-    torch.testing.assert_close(other[2], model(corrupt)[2, 2:])
+    torch.testing.assert_close(other[2, :3], model(corrupt)[2, 11:])
+    assert other[2, 3:].isnan().all()
     assert patched.shape == (3, 12, 13)
     same = state_patch(model, clean, clean, donor=-3, metric=squares)
     torch.testing.assert_close(same.patched, same.clean)
@@ -240,6 +251,9 @@ def test_what_does_not_exist_is_named():
     wrong = set_states(model, {LAYER: torch.zeros(3, 12, 4)}, 2)
     with pytest.raises(ValueError, match=re.escape("[batch channel d_state] = [3, 12, 5], got")):
         model.run_with_hooks(clean, fwd_hooks=wrong)
+    two = "start must be an int or an integer per sequence [3], got tensor([1, 2])"
+    with pytest.raises(ValueError, match=re.escape(two)):
+        model.run_with_hooks(clean, fwd_hooks=hold_states(model, torch.tensor([1, 2])))
     none = AttnAttn(AttnAttnConfig(d_vocab=13, d_model=6, n_heads=3, n_ctx=23, n_layers=1))
     with pytest.raises(ValueError, match=re.escape("layers of this AttnAttn with a hook_kernel")):
         cut_convolution(none, 3)
