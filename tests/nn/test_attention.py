@@ -220,6 +220,19 @@ def test_wrong_layers_are_explained(unchecked):
         Attention(6, 2)(torch.zeros(1, 2, 6), torch.zeros(1, 3, 6))
 
 
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 3).bool(), torch.ones(1, 5).bool(), torch.ones(2, 5), [[True] * 5] * 2]
+)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_mask_that_does_not_fit_is_explained(mask, explicit, unchecked):
+    layer = Attention(6, 2)
+    if explicit:
+        layer.hook_pattern.add_hook(lambda t, hook: None)
+    message = r"key_mask must be a bool tensor \[batch key\] = \[2, 5\], got .*; True where a key"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(2, 5, 6), key_mask=mask)
+
+
 # Rotary ----------------------------------------------------------------------------------------
 
 

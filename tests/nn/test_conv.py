@@ -90,6 +90,16 @@ def test_gradients_and_their_gradients(length, future, with_bias, generator, sma
     assert torch.autograd.gradgradcheck(convolve, inputs)
 
 
+def test_more_channels_than_a_tile_holds_are_one_position_at_a_time(generator, small_tiles):
+    given = random_inputs(generator, length=3, channels=29, taps=2)
+    values, gradients = [], []
+    for convolve in (depthwise_conv, depthwise_conv_plain):
+        values.append(convolve(*given))
+        gradients.append(torch.autograd.grad(values[-1].square().sum(), given))
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 @pytest.mark.parametrize("create_graph", [True, False])
 def test_only_the_asked_gradient_is_computed(wanted, create_graph, generator):

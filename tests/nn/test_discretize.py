@@ -152,6 +152,17 @@ def test_in_place_kernels(rule, dtype):
     assert (found - expected).abs().max() < 10 * tolerance
 
 
+def test_the_slopes_of_zoh_where_states_grow():
+    """Rates above 0, on both sides of the radius of the series."""
+    delta = torch.linspace(0.01, 1, 13, dtype=torch.float64).view(13, 1, 1, 1)
+    A = torch.tensor([[0.02, 0.3], [1.0, 3.0]], dtype=torch.float64)
+    z, kernel = delta * A, RULES["zoh"]
+    decay, phi, d_decay, d_phi = torch.randn(4, 13, 1, 2, 2, dtype=torch.float64)
+    kernel.fill(delta, A, decay, phi)
+    expected = d_decay * torch.exp(z) + d_phi * moment(z, 1)
+    torch.testing.assert_close(kernel.pull(d_decay, d_phi, delta, A, decay, phi), expected)
+
+
 def test_a_shared_rate_keeps_its_axis_at_size_one():
     delta, B = torch.rand(2, 11, 3), torch.randn(2, 11, 5)
     A_bar, B_bar = discretize(delta, -torch.ones(3, 1), B, "zoh")

@@ -57,7 +57,8 @@ def test_an_unknown_scan_has_a_nearest_one_however_far():
         linear_scan(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), method="q")
 
 
-def test_the_gradient_of_a_gradient_knows_the_state_before():
+@pytest.mark.parametrize("rule", ["mamba", "zoh", "bilinear"])
+def test_the_gradient_of_a_gradient_knows_the_rule_and_the_state_before(rule):
     def second(scan):
         g = torch.Generator().manual_seed(0)
         u, delta = torch.rand(2, 2, 5, 3, generator=g, dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_the_gradient_of_a_gradient_knows_the_state_before():
         state = torch.rand(2, 3, 2, generator=g, dtype=torch.float64)
         A = -torch.rand(3, 2, generator=g, dtype=torch.float64)
         inputs = [t.requires_grad_() for t in (u, delta, A, B, C, state)]
-        y, last = scan(*inputs[:5], initial_state=state)
+        y, last = scan(*inputs[:5], rule=rule, initial_state=state)
         first = torch.autograd.grad(y.square().sum() + last.sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
 
