@@ -8,8 +8,9 @@ change that no test reaches has survived; one that takes ten times the time of i
 
 What was measured stays in the work folder: a run that was stopped goes on, and `--again` tries only
 what survived. `--packages` draws from some of the three alone. `--name` puts the figures into
-`results/mutation/result.json`. Changes that make no difference are listed in
-`results/mutation/accepted.json` with the reason, one by one.
+`results/mutation/result.json`: now, and at first, where changes that a sample of a smaller seed had
+do not count, since tests may have been written for them. Changes that make no difference are listed
+in `results/mutation/accepted.json` with the reason, one by one.
 """
 
 from __future__ import annotations
@@ -87,6 +88,12 @@ def sample_of(
     gone = [key for key in keys if key not in every]
     print(f"{len(gone)} changes drawn before are of code that is no more", *gone, sep="\n  ")
     return [every[key] for key in keys if key in every]
+
+
+def drawn_before(seed: int, work: Path) -> set[str]:
+    """The changes in the samples of smaller seeds."""
+    files = [f for f in work.glob("sample-*.json") if int(f.stem.split("-")[1]) < seed]
+    return {key for file in files for key in json.loads(file.read_text())}
 
 
 class Forked:
@@ -438,7 +445,9 @@ def main() -> None:
             [*options, *given.tests],
             plugins=[Forked(work, given.seed, sources, todo, given.seconds)],
         )
-    once, now = (summary(sample, work, given.seed, which) for which in (0, -1))
+    before = drawn_before(given.seed, work)
+    once = summary([m for m in sample if m.key not in before], work, given.seed, 0)
+    now = summary(sample, work, given.seed, -1)
     for entry in now["survivors"]:
         print(entry["where"], entry["function"], entry["change"], "|", entry["accepted"] or "")
     for said, found in (("at first", once), ("now", now)):

@@ -14,44 +14,44 @@ from typing import Any
 from sitegen.reference import Markdown, table
 from sitegen.results import RESULTS, ROOT
 
-FRESH, FIRST = "fresh", "first"  # samples: drawn after the tests were made better, and before
+FIGURES = ("tried", "make no difference", "noticed", "score [95 %]")
 
 
 def scores() -> Markdown:
-    """The fresh sample, whole and by package."""
-    result = _result()
-    now = result["samples"][FRESH]["at_first"]
+    """Of each package the newest sample, before its survivors were looked at."""
+    newest = {
+        package: (name, part)
+        for name, sample in _samples()
+        for package, part in sample["at_first"]["packages"].items()
+    }
+    changes = _result()["changes"]
     rows = [
-        (f"`{name}`", f"{result['changes'][name]:,}", *_figures(part))
-        for name, part in now["packages"].items()
+        (f"`{package}`", f"{count:,}", newest[package][0], *_figures(newest[package][1]))
+        for package, count in changes.items()
     ]
-    rows.append(("all", f"{sum(result['changes'].values()):,}", *_figures(now)))
-    head = ("package", "possible changes", "tried", "make no difference", "noticed", "score [95 %]")
-    return table(head, rows)
+    return table(("package", "possible changes", "sample", *FIGURES), rows)
 
 
 def history() -> Markdown:
     """Every sample before and after the tests were made better by what survived in it."""
     rows = []
-    for name, sample in _result()["samples"].items():
+    for name, sample in _samples():
         for said in ("at_first", "now"):
-            found = sample[said]
-            rows.append((name, found["seed"], said.replace("_", " "), *_figures(found)))
-    return table(
-        ("sample", "seed", "", "tried", "make no difference", "noticed", "score [95 %]"), rows
-    )
+            for package, part in sample[said]["packages"].items():
+                rows.append((name, said.replace("_", " "), f"`{package}`", *_figures(part)))
+    return table(("sample", "", "package", *FIGURES), rows)
 
 
 def commands() -> Markdown:
     """What was run for each sample."""
-    lines = [sample["command"] for sample in _result()["samples"].values()]
+    lines = [sample["command"] for _, sample in _samples()]
     return Markdown("```sh\n" + "\n".join(lines) + "\n```")
 
 
 def survivors() -> Markdown:
     """Every change that no test notices now, with the reason why it may stay."""
     rows = []
-    for name, sample in _result()["samples"].items():
+    for name, sample in _samples():
         for entry in sample["now"]["survivors"]:
             change = f"<code>{html.escape(entry['change']).replace('|', '&#124;')}</code>"
             reason = html.escape(entry["accepted"] or "not accepted: a test is missing")
@@ -79,6 +79,11 @@ def _given(function: ast.FunctionDef) -> bool:
 
 def _result() -> dict[str, Any]:
     return json.loads((RESULTS / "mutation" / "result.json").read_text("utf-8"))
+
+
+def _samples() -> list[tuple[str, dict[str, Any]]]:
+    """In the order in which they were drawn."""
+    return sorted(_result()["samples"].items(), key=lambda pair: pair[1]["now"]["seed"])
 
 
 def _figures(found: dict[str, Any]) -> tuple[str, ...]:
