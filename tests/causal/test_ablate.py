@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 
 from smearlens import (
     AttnAttn,
@@ -133,9 +134,18 @@ def test_half_of_the_units_have_the_other_half_as_control(tokens, generator):
     torch.testing.assert_close(effect.controls, other.changed.expand(2, -1))
 
 
-def test_no_units_are_not_all_units():
-    with pytest.raises(ValueError, match=r"units must be some indices, or None for all, got \(\)"):
-        Component("blocks.0.attn.hook_z", ())
+@pytest.fixture
+def unchecked():
+    """Types unchecked, as for a user: the library's own messages must come."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("units", [(), [], (0, 1.0), "01", 1])
+def test_units_are_indices_and_some(units, unchecked):
+    with pytest.raises(ValueError, match="units must be some indices, or None for all, got"):
+        Component("blocks.0.attn.hook_z", units)
 
 
 def test_controls_are_other_units_of_the_same_number(model, tokens, generator):
@@ -204,6 +214,38 @@ def test_roles_are_the_only_thing_that_changes(model, tokens, generator):
     assert effect.controls.shape == (3, 7)
 
 
+def test_exchanged_lags_reach_the_roles_that_were_named_alone(model, tokens, generator):
+    """Keys of this stream with the lags of another; queries and values as they were."""
+    other = repeated_tokens(7, (3, 5), 11, 13, generator=generator)
+    block = model.blocks[0]
+
+    def parts(given):
+        x = model.embed(given) + model.pos_embed(0, 11)
+        return x, block.conv(x) - x * block.conv.weight[:, 0]
+
+    (x, own), (_, foreign) = parts(tokens), parts(other)
+    bare = x + x * block.conv.weight[:, 0]
+    q, _, v = block.attn.in_proj(bare + own).chunk(3, -1)
+    _, k, _ = block.attn.in_proj(bare + foreign).chunk(3, -1)
+    q, k, v = (t.view(7, 11, 3, 4).transpose(1, 2) for t in (q, k, v))
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = bare + own + block.attn.out_proj(z.transpose(1, 2).reshape(7, 11, 12))
+    found = model.run_with_hooks(tokens, fwd_hooks=exchange_lags(model, tokens, other, "k"))
+    torch.testing.assert_close(found, model.unembed(out))
+
+
+def test_lags_are_taken_from_the_block_that_was_named(tokens, generator):
+    model = Mamba(MambaConfig(d_vocab=13, d_model=16, n_layers=2, n_ctx=17, d_state=5)).eval()
+    first, second = (present_only(model, f"blocks.{i}") for i in range(2))
+    assert [name for name, _ in first + second] == [f"blocks.{i}.conv.hook_kernel" for i in (0, 1)]
+    roles = ["u", "B", "C", "delta"]
+    for block, hooks in (("blocks.0", first), ("blocks.1", second)):
+        effect = role_without_lags(
+            model, tokens, roles, block=block, metric=last_logit, n_controls=0, generator=generator
+        )
+        torch.testing.assert_close(effect.changed, measure_with(model, tokens, hooks, last_logit))
+
+
 def test_all_roles_of_smeared_keys_equal_keys_alone(tokens, generator):
     model = ConvAttn(ConvAttnConfig(**SIZES, conv_on=None, smear=True)).eval()
     k, everything = (
@@ -248,6 +290,24 @@ def test_a_state_space_role_leaves_the_others_as_they_were(tokens, generator):
     expected = model.unembed(model.ln_final(stream))[:, -1, 0]
     effect = role_without_lags(model, tokens, ["u"], metric=last_logit, generator=generator)
     torch.testing.assert_close(effect.changed, expected)
+
+
+def test_exchanged_lags_of_a_state_space_role_leave_the_others_as_they_were(tokens, generator):
+    """u with the lags of other tokens; B, C and Δ, which u feeds, from these."""
+    model = Mamba(MambaConfig(d_vocab=13, d_model=16, n_layers=1, n_ctx=17, d_state=5)).eval()
+    other = repeated_tokens(7, (3, 5), 11, 13, generator=generator)
+    _, now = model.run_with_cache(tokens)
+    _, then = model.run_with_cache(other)
+    conv, ssm = model.blocks[0].conv, model.blocks[0].ssm
+    mixed = conv.bias + conv.weight[:, 0] * now["blocks.0.conv.hook_in"]
+    for lag in range(1, 4):
+        mixed[:, lag:] += conv.weight[:, lag] * then["blocks.0.conv.hook_in"][:, :-lag]
+    u = torch.nn.functional.silu(mixed)
+    delta, b, c, gate = (now[f"blocks.0.ssm.hook_{p}"] for p in ("delta", "B", "C", "gate"))
+    y, _ = selective_scan(u, delta, ssm.A, b, c)
+    stream = now["blocks.0.hook_resid_pre"] + model.blocks[0].out_proj((y + ssm.D * u) * gate)
+    found = model.run_with_hooks(tokens, fwd_hooks=exchange_lags(model, tokens, other, ["u"]))
+    torch.testing.assert_close(found, model.unembed(model.ln_final(stream)))
 
 
 def test_an_effect_knows_its_interval():

@@ -5,10 +5,19 @@ import math
 import pytest
 import torch
 
-from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, audit, repeated_tokens
+from smearlens import (
+    AttnAttn,
+    AttnAttnConfig,
+    ConvAttn,
+    ConvAttnConfig,
+    Mamba,
+    MambaConfig,
+    audit,
+    repeated_tokens,
+)
 from smearlens.causal.ablate import Component, Effect, ablate
 from smearlens.causal.lags import present_only, role_without_lags
-from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future
+from smearlens.causal.leaks import ROUNDING, FutureRead, IidFloor, iid_floor, reads_future
 from smearlens.causal.patch import Recovery, patch_activation, patch_path
 from smearlens.data.synthetic import iid_tokens
 
@@ -77,6 +86,14 @@ def test_three_standard_errors_of_either_loss_count_apart():
     assert not IidFloor(2.0, 2.0, 0.0, 1.9, 0.1).broken
     assert IidFloor(2.0, 1.9, 0.0, 2.0, 0.1).broken
     assert not IidFloor(2.0, 2.0, 0.0, 1.0, None).broken  # a loss without its error shows nothing
+
+
+def test_the_least_loss_that_passes():
+    """It lies three errors, and what rounds, below the floor."""
+    least = 2.0 - ROUNDING - 3 * 0.25
+    for loss, broken in ((least, False), (math.nextafter(least, 0), True)):
+        assert IidFloor(2.0, loss, 0.25).broken is broken
+        assert IidFloor(2.0, 2.0, 0.25, loss, 0.25, 7).broken is broken
 
 
 @pytest.mark.parametrize(
@@ -268,6 +285,9 @@ def test_an_interval_narrows_with_its_level():
     found = recovery([4.0, 3, 5, 4, 6], [2.0, 1, 3, 0, 4])
     wide, narrow = found.interval(), found.interval(0.5)
     assert wide[0] < narrow[0] < found.recovered < narrow[1] < wide[1]
+    effect = Effect("x", torch.zeros(5), torch.tensor([2.0, 1, 3, 0, 4]))
+    wide, narrow = effect.interval(), effect.interval(0.5)
+    assert wide[0] < narrow[0] < effect.mean() < narrow[1] < wide[1]
 
 
 def test_the_control_of_a_path_is_another_clean_example():
@@ -313,7 +333,28 @@ def test_controls_move_each_position_as_far_as_the_lags_do(model, monkeypatch):
     now = model.run_with_cache(tokens)[1][name]
     with model.hooks(present_only(model)):
         plain = model.run_with_cache(tokens)[1][name]
-    size = (plain - now).norm(dim=-1)
+    size, generator = (plain - now).norm(dim=-1), seeded()
     assert len(seen) == 2 + 1 + 2  # q and v as they were, k without lags, two controls
     for control in seen[3:]:
         torch.testing.assert_close((control - now).norm(dim=-1), size, atol=1e-5, rtol=1e-4)
+        drawn = torch.randn(now.shape, generator=generator)
+        along = torch.nn.functional.cosine_similarity(control - now, drawn, dim=-1)
+        torch.testing.assert_close(along[size > 1e-3], torch.ones_like(along[size > 1e-3]))
+
+
+def test_controls_of_steps_stay_steps(monkeypatch):
+    """Δ is positive, in a random direction too."""
+    model = Mamba(MambaConfig(d_vocab=13, d_model=16, n_layers=1, n_ctx=17, d_state=5)).eval()
+    tokens, seen = repeated_tokens(4, 3, 11, 13, generator=seeded()), []
+
+    def recorded(value):
+        seen.append(value)
+        return lambda _, hook: value
+
+    monkeypatch.setattr("smearlens.causal.lags.replace_with", recorded)
+    role_without_lags(model, tokens, ["delta"], metric=last, n_controls=2, generator=seeded())
+    now = model.run_with_cache(tokens)[1]["blocks.0.ssm.hook_delta"]
+    assert len(seen) == 3 + 1 + 2  # u, B and C as they were, Δ without lags, two controls
+    for control in seen[4:]:
+        assert (control >= 0).all()
+        assert not torch.allclose(control, now)

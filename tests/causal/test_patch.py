@@ -51,6 +51,35 @@ def test_patching_one_position_equals_a_hand_made_edit(setting):
     torch.testing.assert_close(found.patched, target_logit(expected, clean))
 
 
+def test_positions_of_a_pattern_are_its_queries(setting):
+    model, clean, corrupt = setting
+    name = "blocks.0.attn.hook_pattern"
+    stored = model.run_with_cache(clean)[1][name]
+
+    def edit(pattern, hook):
+        pattern = pattern.clone()
+        pattern[:, 1, [2, 5]] = stored[:, 1, [2, 5]]
+        return pattern
+
+    expected = model.run_with_hooks(corrupt, fwd_hooks=[(name, edit)])
+    seen = []
+
+    def metric(logits, tokens):
+        seen.append(logits)
+        return logits[:, -1, 0]
+
+    patch_activation(model, clean, corrupt, Component(name, (1,)), positions=[2, 5], metric=metric)
+    torch.testing.assert_close(seen[2], expected)
+
+
+def test_sequences_of_one_token_are_patched(setting):
+    model, clean, corrupt = setting
+    found = patch_activation(
+        model, clean[:, :1], corrupt[:, :1], "blocks.1.hook_resid_post", metric=target_logit
+    )
+    torch.testing.assert_close(found.patched, found.clean)
+
+
 def test_recovery_is_undefined_within_noise(setting):
     model, clean, _ = setting
     found = patch_activation(model, clean, clean, "hook_embed", metric=target_logit)
@@ -80,6 +109,9 @@ def test_attribution_is_exact_where_the_model_is_linear(setting):
     estimate = attribution(model, clean, corrupt, [name], metric=target_logit)[name]
     found = patch_activation(model, clean, corrupt, name, metric=target_logit)
     torch.testing.assert_close(estimate, found.patched - found.corrupt, atol=1e-5, rtol=1e-4)
+    frozen = model.requires_grad_(False)
+    again = attribution(frozen, clean, corrupt, [name], metric=target_logit)[name]
+    torch.testing.assert_close(again, estimate)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,10 @@ def test_held_states_stay(rule):
             torch.testing.assert_close(states[:first], before[:first])
             kept = states[first - 1 : first].expand_as(states[first:])
             assert torch.equal(states[first:], kept)
+    from_the_end, from_the_start = (
+        model.run_with_hooks(tokens, fwd_hooks=hold_states(model, i)) for i in (-12, 0)
+    )
+    assert torch.equal(from_the_end, from_the_start)
     only = hold_states(model, 3, "blocks.1.ssm")
     assert [name for name, _ in only] == ["blocks.1.ssm.hook_delta"]
 
@@ -240,6 +244,7 @@ def test_what_does_not_exist_is_named():
          "recipient must be in -14..13, got [1, 2, 14]"),
         ({"donor": 4, "channels": [3, 12]}, "channels must be some of 0..11, got [3, 12]"),
         ({"donor": 4, "channels": []}, "channels must be some of 0..11, got []"),
+        ({"donor": 4, "channels": [2, -1]}, "channels must be some of 0..11, got [2, -1]"),
     ]  # fmt: skip
     for given, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -40,7 +40,7 @@ class Recovery:
         """Whether clean and corrupt differ by more than twice the standard error."""
         gap = (self.clean - self.corrupt).double()
         error = float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else float("inf")
-        return abs(float(gap.mean())) > 2 * error and float(gap.mean()) != 0
+        return abs(float(gap.mean())) > 2 * error
 
     @property
     def recovered(self) -> float:
