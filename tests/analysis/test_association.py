@@ -230,9 +230,14 @@ def test_without_noise_smooth_stays_smooth_and_broken_stays_broken():
         (lambda: association([1, 2, 3], [1, 2]), r"same length, at least 3; got shapes \(3,\)"),
         (lambda: association([1, 2], [1, 2]), "at least 3"),
         (lambda: association([1, 2, math.nan], [1, 2, 3]), "leave out the runs without a value"),
+        (lambda: association([1, 2, 3], [1, math.inf, 3]), "leave out the runs without a value"),
         (lambda: association([1, 2, 3], [1, 2, 4], level=95), "for 95 % write 0.95"),
         (
             lambda: association_within_run([1, 2, 3, 4], [1, 2, 3, 5], [0, 1, 1, 2]),
+            "4 rising numbers from 0 on",
+        ),
+        (
+            lambda: association_within_run([1, 2, 3, 4], [1, 2, 3, 5], [-1, 0, 1, 2]),
             "4 rising numbers from 0 on",
         ),
         (
@@ -245,6 +250,8 @@ def test_without_noise_smooth_stays_smooth_and_broken_stays_broken():
         ),
         (lambda: phase_change([1.0] * 7, range(7)), "at least 8 checkpoints"),
         (lambda: phase_change([1.0] * 8, [0] * 8), "steps must rise"),
+        (lambda: phase_change([1.0] * 8, [*range(7), math.inf]), "steps must rise"),
+        (lambda: phase_change([1.0] * 7 + [math.nan], range(8)), "series must be finite"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

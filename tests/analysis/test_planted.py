@@ -146,6 +146,7 @@ def test_the_control_clears_a_matching_head_on_varied_periods(generator):
 def test_one_example_has_no_control(generator):
     tokens = repeated_tokens(1, 3, 8, 9, generator=generator)
     scores = induction_score({f"{NAME}.hook_pattern": perfect_induction(tokens)}, tokens)
+    assert scores.name == "induction_score"
     assert scores.control[NAME].isnan().all()
 
 
@@ -157,6 +158,9 @@ def test_one_example_has_no_control(generator):
 def test_common_period_is_found(period, n_repeats, bos, generator):
     tokens = repeated_random(3, period, n_repeats, 19, generator=generator, bos=bos)
     assert common_period(tokens) == period
+    for cut in range(1, period):  # the last block may be cut off
+        if tokens.shape[1] - cut - (bos is not None) >= 2 * period:
+            assert common_period(tokens[:, :-cut]) == period
 
 
 def test_no_common_period(generator):
@@ -165,6 +169,16 @@ def test_no_common_period(generator):
     for tokens in (varied, ends_alike):
         with pytest.raises(ValueError, match=r"needs one period .* use kind='match'"):
             common_period(tokens)
+
+
+def test_a_stripe_of_cross_attention_is_its_detected_mass(generator):
+    pattern = torch.rand(2, 3, 5, 7, generator=generator, dtype=torch.float64).softmax(-1)
+    wanted = torch.rand(5, 7, generator=generator) < 0.4
+    wanted[1] = False
+    cache = {"decoder.blocks.0.cross_attn.hook_pattern": pattern}
+    (found,) = stripe_score(cache, wanted).per_layer.values()
+    rows = [pattern[:, :, i, wanted[i]].sum(-1) for i in range(5) if wanted[i].any()]
+    torch.testing.assert_close(found, torch.stack(rows).mean(0))
 
 
 def test_cross_attention_by_alignment():

@@ -212,8 +212,7 @@ def test_diagonals_and_rows_are_parts_of_the_pattern(query, key, masked, causal,
         expected = p.diagonal(-lag, dim1=-2, dim2=-1)
         found = diagonal(q, k, lag, lse, **options)
         torch.testing.assert_close(found, expected, equal_nan=True, msg=f"lag {lag}")
-    start, stop = query // 3, query
-    for known in (None, lse):
+    for known, (start, stop) in product((None, lse), ((query // 3, query), (0, query // 2 + 1))):
         rows = pattern_rows(q, k, start, stop, known, **options)
         torch.testing.assert_close(rows, p[:, :, start:stop], equal_nan=True)
 
@@ -258,6 +257,11 @@ def test_rounding_never_leaves_the_range_of_a_statistic(generator):
     assert found.future_mass[:, :, -1].max() < 1e-6
     js = js_rows(q, k, q, k, causal=False)
     assert 0 <= js.min() <= js.max() < 2e-6
+    one, other = torch.randn(2, 100, 1, 6, 1, generator=generator)
+    one[:, :, 3:] = other[:, :, :3] = -200  # nothing in common
+    ones = torch.ones(100, 1, 1, 1)
+    apart = js_rows(ones, one, ones, other, causal=False, scale=1.0)
+    assert math.log(2) - 1e-6 < apart.min() <= apart.max() <= torch.tensor(math.log(2))
     cosine = inner(q, k, q, k, causal=False).cosine
     assert 1 - 1e-6 < cosine.min() <= cosine.max() <= 1
 

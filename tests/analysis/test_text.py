@@ -138,6 +138,8 @@ def test_coherence_equals_cosines_of_counts():
     assert found.null.tolist() == pytest.approx([0, 0])
     assert "10007 buckets" in repr(found)
     assert "unrelated texts 0.000" in repr(found)
+    several = Coherence(torch.tensor([0.5, 0.25]), torch.tensor([0.2, 0.4]), "counting")
+    assert repr(several) == "coherence 0.375 (unrelated texts 0.300) by counting"
 
 
 def test_the_null_of_coherence_is_the_mean_over_the_other_pairs():
@@ -161,7 +163,9 @@ def test_the_null_of_coherence_is_the_mean_over_the_other_pairs():
         assert found.null[i].item() == pytest.approx(want, abs=1e-6)
     assert coherence(["0.1"], ["0.2"], embedder=Turning()).null.isnan().all()
 
-    found = segment_coherence(["0.11.0", "2.00.31.7", "0.5"], segment=3, embedder=Turning())
+    # what is left at the end of a text, "9." and "8", is dropped
+    samples = ["0.11.09.", "2.00.31.78", "0.5"]
+    found = segment_coherence(samples, segment=3, embedder=Turning())
     assert found.values[:2].tolist() == pytest.approx(
         [math.cos(0.9), (math.cos(1.7) + math.cos(1.4)) / 2], abs=1e-6
     )
