@@ -19,6 +19,7 @@ from smearlens.analysis.mixing.kinds import (
     SoftmaxMixing,
     UniformMixing,
 )
+from smearlens.nn.conv import depthwise_conv_plain
 
 LENGTHS = [1, 2, 127, 128, 129, 300]
 
@@ -204,6 +205,18 @@ def test_lags_of_causal_and_same_kernels(taps, bias):
         padded = F.pad(x.mT, (taps - 1 - ahead, ahead))
         theirs = F.conv1d(padded, kernel.flip(-1)[:, None], groups=5).mT + 3 * bias
         assert kernel_lags({**cache, "blocks.0.conv.hook_out": theirs}, "blocks.0.conv") == lags
+
+
+def test_four_units_of_rounding_are_no_misfit():
+    """Of the coarsest of the three; above, something has edited the output."""
+    x, kernel = torch.randn(2, 40, 5), torch.randn(5, 3).bfloat16()
+    out, noise = depthwise_conv_plain(x, kernel.float()), torch.randn(2, 40, 5)
+    noise -= noise.mean((0, 1))
+    noise *= (out - out.mean((0, 1))).norm() / noise.norm() * torch.finfo(torch.bfloat16).eps
+    cache = {"c.hook_in": x, "c.hook_kernel": kernel, "c.hook_out": out + 3.6 * noise}
+    assert kernel_lags(cache, "c") == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"best misfit 3\.4e-02"):
+        kernel_lags({**cache, "c.hook_out": out + 4.4 * noise}, "c")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

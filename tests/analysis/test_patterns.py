@@ -154,6 +154,19 @@ def test_a_span_that_does_not_exist_is_left_out():
     assert attention_span(pattern, kind="mass", query_mask=ahead).isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "unit"),
+    [
+        ({}, "attention_entropy", "nats"),
+        ({"base": 2.0}, "attention_entropy", "log base 2"),
+        ({"normalised": True}, "attention_entropy(normalised)", "fraction of log n"),
+    ],
+)
+def test_an_entropy_says_in_which_unit_it_is(options, name, unit):
+    scores = attention_entropy({"a.hook_pattern": torch.eye(3).expand(1, 2, 3, 3)}, **options)
+    assert (scores.name, scores.unit) == (name, unit)
+
+
 def test_entropy_of_zero_weights_is_zero():
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1e-40, 1.0, 0.0]])
     found = entropies(weights)
