@@ -32,6 +32,7 @@ _HOMES = {
     "smearlens.models.mamba": ("Mamba", "MambaConfig"),
     "smearlens.models.char_gpt": ("CharGPT", "CharGPTConfig"),
     "smearlens.models.seq2seq": ("Seq2Seq", "Seq2SeqConfig"),
+    "smearlens._hooks": ("HookPoint",),
     "smearlens.models.base": ("HookedModel",),
     "smearlens.models.cached": ("CacheMemoryError", "cache_bytes"),
     "smearlens.models.families": ("load_model",),
@@ -74,9 +75,8 @@ _HOMES = {
         "attention_entropy", "attention_span", "future_mass", "head_diversity", "lag_profile",
         "self_mass", "sink_mass",
     ),
-    "smearlens.analysis.kernels": (
-        "kernel_profile", "score_by_lag", "smear_coefficient", "smear_evidence",
-    ),
+    "smearlens.analysis.kernels": ("kernel_profile",),
+    "smearlens.analysis.smearing": ("score_by_lag", "smear_coefficient", "smear_evidence"),
     "smearlens.analysis.similarity": ("layer_similarity", "linear_cka"),
     "smearlens.analysis.text": (
         "distinct_n", "diversity", "rep_n", "repetition", "self_bleu",

@@ -244,7 +244,7 @@ KERNEL_CASES = {
     ),
     "activations of no use": (
         lambda: kernel_profile(KERNELS, layer="blocks.1.conv"),
-        r"need \['blocks.1.conv.hook_in', 'blocks.1.conv.hook_out'\] in the cache; or pass lags",
+        r"need \['blocks.1.conv.hook_in', 'blocks.1.conv.hook_out'\] in the cache",
     ),
     "too many lags": (
         lambda: kernel_profile(torch.ones(5, 3), lags=[0, 1]), r"2 lags for 3 taps; give one lag",

@@ -44,6 +44,14 @@ def test_losses_equal_a_plain_loop(dtype):
     )
 
 
+def test_logits_that_are_not_numbers_predict_nothing():
+    tokens = torch.tensor([[0, 0, 0, 0], [1, 2, 1, 2]])
+    logits = torch.zeros(2, 4, 3)
+    logits[0, 2] = torch.nan  # argmax would name its first entry, which is the token
+    found = induction_accuracy(logits, tokens)
+    assert found.isnan().tolist() == [True, False]
+
+
 def test_accuracy_equals_a_plain_loop():
     logits = random_logits()
     logits[:, :-1].scatter_add_(2, TOKENS[:, 1:, None], torch.full((3, 8, 1), 3.0).double())

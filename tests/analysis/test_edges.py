@@ -9,13 +9,14 @@ import torch
 
 from smearlens import association, layer_similarity, phase_change, stripe_score
 from smearlens.analysis.association import association_within_run
-from smearlens.analysis.kernels import kernel_profile, score_by_lag
+from smearlens.analysis.kernels import kernel_profile
 from smearlens.analysis.mixing.implicit import implicit_mixings
 from smearlens.analysis.mixing.kinds import ComposedMixing, DenseMixing
 from smearlens.analysis.mixing.state_space import SSMMixing
 from smearlens.analysis.mixing.streaming import row_statistics
 from smearlens.analysis.phase_change import PhaseChange
 from smearlens.analysis.scores import Scores
+from smearlens.analysis.smearing import score_by_lag
 from smearlens.nn.conv import depthwise_conv
 
 # Tables ------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from smearlens import (
     smear_coefficient,
     smear_evidence,
 )
-from smearlens.analysis.kernels import composition_gain, only_layer, shifted
+from smearlens.analysis.kernels import only_layer
 from smearlens.analysis.mixing.kinds import ComposedMixing
 from smearlens.analysis.mixing.layers import mixings
+from smearlens.analysis.smearing import composition_gain, shifted
 
 
 def model_and_cache(tokens=None, **changes):
@@ -201,7 +202,10 @@ def test_the_parts_sum_to_the_scores_of_the_model(residual, causal, positions):
     total = sum(parts.values())
     torch.testing.assert_close(total[..., past], scores[..., past], atol=1e-4, rtol=1e-4)
     assert not total.requires_grad
-    without = score_by_lag(cache, w_k, carried=1 - float(residual))
+    with pytest.raises(ValueError, match="pass carried=1 if a skip connection"):
+        score_by_lag(cache, w_k, carried=1 - float(residual))
+    alone = {name: t for name, t in cache.items() if not name.endswith("attn_scores")}
+    without = score_by_lag(alone, w_k, carried=1 - float(residual))
     wrong = sum(without.values()) - scores.masked_fill(~past, 0)
     assert float(wrong[..., past].abs().max()) > 0.05
     _, flat = model.run_with_cache(torch.randint(0, 7, (1, 9)), remove_batch_dim=True)

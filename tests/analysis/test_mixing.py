@@ -252,10 +252,24 @@ def test_lags_that_cannot_be_told_are_not_guessed():
             kernel_lags(case, "blocks.0.conv")
 
 
+def test_taps_in_the_order_of_torch_are_recognised():
+    cache, _ = conv_run(3, True)
+    cache["blocks.0.conv.hook_kernel"] = cache["blocks.0.conv.hook_kernel"].flip(-1)
+    with pytest.raises(ValueError, match=r"in reverse.*cache weight.flip\(-1\)"):
+        kernel_lags(cache, "blocks.0.conv")
+
+
+def test_a_kernel_of_other_channels_is_explained():
+    cache, _ = conv_run(3, True)
+    cache["blocks.0.conv.hook_kernel"] = cache["blocks.0.conv.hook_kernel"][1:]
+    with pytest.raises(ValueError, match="with the channels of hook_kernel"):
+        kernel_lags(cache, "blocks.0.conv")
+
+
 def test_a_kernel_alone_does_not_tell_its_lags():
     cache, _ = conv_run(3, True)
     del cache["blocks.0.conv.hook_in"]
-    with pytest.raises(ValueError, match=r"need \['blocks.0.conv.hook_in'\] in the cache; or pass"):
+    with pytest.raises(ValueError, match=r"need \['blocks.0.conv.hook_in'\] in the cache"):
         kernel_lags(cache, "blocks.0.conv")
 
 

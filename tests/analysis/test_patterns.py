@@ -210,7 +210,10 @@ def test_profile_of_a_sink_and_of_a_fixed_lag():
     back[0, 0, :2, 0] = 1
     assert float(lag_profile(back).at(2)) == 1
     assert float(lag_profile(back).share[0, 0, 2]) == pytest.approx(4 / 6)
-    assert repr(profile) == "Profile(lags 0..5, 1 heads)"
+    assert repr(profile).splitlines()[::6] == [" lag   head 0", "   5    1.000"]
+    assert repr(lag_profile(torch.eye(40).expand(1, 9, 40, 40))).endswith(
+        "… of 9 heads, lags 0..32: .mean()"
+    )
     with pytest.raises(ValueError, match=r"lag 6 was not profiled; lags: 0..5"):
         profile.at(6)
 

@@ -1,6 +1,8 @@
 """From rows to numbers: validity, masks, signed rows, kinds of source, precision, bad input."""
 
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,10 +29,12 @@ from smearlens import (
     sink_mass,
     smear_evidence,
 )
-from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing
-from smearlens.analysis.mixing.rows import RowOptions, row_block, row_blocks
+from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing, Mixing
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import row_block, row_blocks
 
 NAME = "blocks.0.attn"
+NAME_PATTERN = f"{NAME}.hook_pattern"
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +253,12 @@ def test_the_cache_is_never_modified(run):
     signed = [{"normalise": n} for n in ("abs", "softmax", "minmax", "none")]
     for options in (kept, *signed, {**kept, **signed[0]}, {**kept, **signed[3]}):
         source = mixings(cache, kind=("attention", "conv"))
-        for metric in (attention_entropy, attention_span, prev_token_score, future_mass):
+        for metric in (attention_span, prev_token_score, future_mass, lag_profile):
             metric(source, **options)
         induction_score(source, tokens, **options)
-        lag_profile(source, **options)
-        head_diversity(source, **options)
+        for metric in (attention_entropy, head_diversity):
+            if options.get("normalise") != "none":
+                metric(source, **options)
         for kind in ("js", "cosine"):
             both = {"a.hook_pattern": cache[f"{NAME}.hook_pattern"]}
             layer_similarity({**both, "b.hook_pattern": both["a.hook_pattern"]}, kind=kind)
@@ -366,3 +371,79 @@ def test_renormalised_rows_sum_to_one_and_others_never_more(length, seed, renorm
         assert bool((mass <= 1 + 1e-9).all())
         if renormalise:
             torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_a_padded_query_does_not_make_a_layer_look_ahead():
+    """Hugging Face leaves the row of a left pad uniform over all keys."""
+    length = 9
+    causal = torch.ones(2, 3, length, length).tril()
+    causal = causal / causal.sum(-1, keepdim=True)
+    padded = causal.clone()
+    padded[0, :, :4] = 1 / length
+    real = torch.ones(2, length, dtype=torch.bool)
+    real[0, :4] = False
+    for metric in (prev_token_score, attention_entropy, attention_span):
+        plain, other = (metric({NAME_PATTERN: p}, query_mask=real) for p in (causal, padded))
+        assert plain == other
+        for field in ("chance", "maximum"):
+            torch.testing.assert_close(getattr(plain, field), getattr(other, field))
+    assert lag_profile(padded, query_mask=real).lags == list(range(length))
+    assert lag_profile(padded).lags == list(range(1 - length, length))
+    assert mixings({NAME_PATTERN: padded}, causal=True)[NAME].causal
+    assert not mixings({NAME_PATTERN: causal}, causal=False)[NAME].causal
+    ahead = padded.clone()
+    ahead[1, 2, 5, 8] = 0.5  # of a query that counts
+    assert lag_profile(ahead, query_mask=real).lags[0] == 1 - length
+
+
+def test_rows_that_are_no_weights_are_refused_or_named():
+    signed = torch.tensor([[0.5, 0.0], [-0.25, 1.0]])
+    with pytest.raises(ValueError, match=r"negative entries \(least -0.25\).*signed=True"):
+        prev_token_score({NAME_PATTERN: signed[None, None]})
+    whole = DenseMixing(signed[None, None], signed=True)
+    assert float(prev_token_score(whole)) == pytest.approx(0.2)
+    raw = {"a": whole, "b": whole}
+    refused = {
+        "attention_entropy": attention_entropy,
+        "attention_span(mass)": partial(attention_span, kind="mass"),
+        "head_diversity(js)": head_diversity,
+        "layer_similarity(js)": layer_similarity,
+    }
+    for name, metric in refused.items():
+        with pytest.raises(ValueError, match=re.escape(f"{name} needs weights")):
+            metric(raw, normalise="none")
+    ones = torch.ones(1, 2, 5, 5).tril()
+    assert prev_token_score({NAME_PATTERN: ones}).note == f"rows of {NAME} do not sum to 1"
+    ones[:, :, 1:] = 0  # a row without weights says nothing about the others
+    assert prev_token_score({NAME_PATTERN: ones}).note == ""
+
+
+def test_rows_of_a_mixing_of_ones_own_stay_as_they_are():
+    class Stored(Mixing):
+        signed = causal = True
+        n_examples = n_heads = 1
+        n_queries = n_keys = 5
+
+        def __init__(self):
+            self.matrix = torch.randn(1, 1, 5, 5).tril()
+
+        def rows(self, start, stop):
+            return self.matrix[:, :, start:stop]  # no copy
+
+    own = Stored()
+    before = own.matrix.clone()
+    for normalise in ("abs", "softmax", "minmax", "none"):
+        prev_token_score(own, normalise=normalise)
+        lag_profile(own, normalise=normalise)
+    assert torch.equal(own.matrix, before)
+
+
+def test_a_source_of_mixings_holds_nothing_else():
+    both = {NAME: DenseMixing(torch.eye(3)[None, None]), NAME_PATTERN: torch.eye(3)[None, None]}
+    with pytest.raises(TypeError, match="source holds mixings and other things"):
+        prev_token_score(both)
+
+
+def test_masks_of_too_many_axes_are_explained():
+    with pytest.raises(ValueError, match=re.escape("query_mask [2, 1, 3] does not fit")):
+        prev_token_score(torch.eye(3), query_mask=torch.ones(2, 1, 3, dtype=torch.bool))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.analysis import reference as ref
 
-from smearlens.analysis.scores import COLUMNS, Scores, best_head, stack_heads
+from smearlens.analysis.scores import COLUMNS, Scores, best_head
 from smearlens.analysis.stats import (
     bootstrap_interval,
     over_seeds,
@@ -46,7 +46,6 @@ def test_it_is_a_mapping_from_layers_to_values():
     assert list(scores) == ["blocks.0.attn", "blocks.1.attn"]
     assert len(scores) == 2
     assert scores["blocks.1.attn"].shape == (4, 3)
-    assert stack_heads(scores).shape == (4, 5)
     with pytest.raises(KeyError, match=r"no layer 'blocks.7.attn' in a_score; layers: \['blocks"):
         scores["blocks.7.attn"]
 
@@ -115,6 +114,25 @@ def test_html_is_escaped():
     assert "<caption>&lt;b&gt; (a &amp; b)</caption>" in html
     assert html.count("<tr>") == 2
     assert "<td>0.250</td>" in html
+
+
+def test_html_says_what_the_text_says():
+    scores = hand_made(note="as they are")
+    html = scores._repr_html_()
+    assert "<caption>a_score (fraction; as they are)</caption>" in html
+    assert html.count("<tr>") == 1 + 5  # the undefined head too
+    many = {"blocks.0.attn": torch.rand(3, 50)}
+    beside = {n: {"blocks.0.attn": torch.ones(1)} for n in ("chance", "maximum", "control")}
+    scores = hand_made(per_layer=many, rows={"blocks.0.attn": torch.ones(3, 50)}, **beside)
+    assert "the top 40 of 50 heads" in scores._repr_html_()
+
+
+def test_scores_are_equal_by_value():
+    assert hand_made() == hand_made()
+    assert hand_made() != hand_made(name="another")
+    assert hand_made() != dict(hand_made())
+    other = {layer: values + 1e-9 for layer, values in hand_made().per_layer.items()}
+    assert hand_made() != hand_made(per_layer=other)
 
 
 # Intervals ---------------------------------------------------------------------------------------

@@ -119,6 +119,28 @@ def test_uniform_against_identity():
     assert centred.values[0, 1].isnan()  # nothing of the uniform pattern is left to compare
 
 
+def test_a_uniform_layer_has_no_direction():
+    """Centred it is nothing but rounding, whose cosine would say anything, 1 with itself."""
+    uniform = torch.full((3, 2, 20, 20), 1 / 20)
+    other = torch.from_numpy(ref.random_pattern(0, 3, 2, 20, causal=False)).float()
+    for heads in ("mean", "match"):
+        found = layer_similarity(
+            {"a.hook_pattern": uniform, "b.hook_pattern": uniform, "c.hook_pattern": other},
+            kind="cosine", heads=heads,
+        ).values  # fmt: skip
+        assert found[0, 1].isnan()
+        assert found[0, 2].isnan()
+    raw = {"a.hook_pattern": uniform, "b.hook_pattern": uniform}
+    assert float(layer_similarity(raw, kind="cosine", centred=False).values[0, 1]) > 0.999
+
+
+def test_layers_of_other_examples_are_not_compared():
+    cache = {"a.hook_pattern": torch.eye(3).expand(2, 1, 3, 3),
+             "b.hook_pattern": torch.eye(3).expand(5, 1, 3, 3)}  # fmt: skip
+    with pytest.raises(ValueError, match="layers of 5 and 2 examples cannot be compared"):
+        layer_similarity(cache)
+
+
 @pytest.mark.parametrize(
     ("length", "cosine", "js"),
     [  # known figures, each of one pair of heads, with the standard deviation over pairs

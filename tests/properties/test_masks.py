@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tests.properties.strategies import fewer, generator, patterns, random_pattern, seeds, sizes
 
 from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing
-from smearlens.analysis.mixing.rows import RowOptions, row_blocks
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import row_blocks
 from smearlens.analysis.mixing.state_space import unsigned
 from smearlens.analysis.patterns import (
     attention_entropy,

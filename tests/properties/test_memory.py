@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.properties.strategies import fewer, generator, rules, scans, seeds, sizes
 
-from smearlens.analysis.kernels import kernel_profile, smear_coefficient, smear_evidence
+from smearlens.analysis.kernels import kernel_profile
+from smearlens.analysis.smearing import smear_coefficient, smear_evidence
 from smearlens.analysis.states import (
     half_life,
     memory_profile,

@@ -8,7 +8,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tests.properties.strategies import fewer, generator, random_pattern, rules, scans, seeds, sizes
 
-from smearlens.analysis.kernels import composition_gain, score_by_lag, shifted
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.implicit import ImplicitMixing
 from smearlens.analysis.mixing.kinds import (
@@ -19,6 +18,7 @@ from smearlens.analysis.mixing.kinds import (
     UniformMixing,
 )
 from smearlens.analysis.mixing.state_space import SSMMixing
+from smearlens.analysis.smearing import composition_gain, score_by_lag, shifted
 from smearlens.nn.conv import depthwise_conv
 from smearlens.nn.discretize import discretize
 

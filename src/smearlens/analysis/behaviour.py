@@ -51,8 +51,9 @@ def induction_accuracy(
 ) -> Float[Tensor, " batch"]:
     """Fraction, per example, of the tokens that induction can predict and the model does."""
     _check(logits, tokens)
-    hit = logits[:, :-1].argmax(-1) == tokens[:, 1:]
-    return _mean_where(hit.double(), predictable(tokens))
+    hit = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).double()
+    hit = hit.masked_fill(logits[:, :-1].isnan().any(-1), torch.nan)  # argmax would name a NaN
+    return _mean_where(hit, predictable(tokens))
 
 
 def induction_gain(
@@ -144,7 +145,7 @@ def ar_split(
     Source:
         Arora et al. 2023, "Zoology": associative-recall hits
     """
-    loss = per_token_loss(logits, tokens).double()
+    loss = per_token_loss(logits.detach(), tokens).double()
     tokens = tokens.long()  # the pair numbers may not fit int32
     pair = tokens[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 1:]
     hit = (pair[:, :, None] == pair[:, None, :]).tril(-1).any(-1)

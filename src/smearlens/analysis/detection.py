@@ -13,7 +13,8 @@ from torch import Tensor
 
 from smearlens._explain import explained
 from smearlens.analysis.heads import checked_tokens, same_batch
-from smearlens.analysis.mixing.rows import Metric, RowBlock, RowOptions, measure
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import Metric, RowBlock, measure
 
 
 @explained
@@ -85,7 +86,8 @@ def alignment_mass(
 
     Args:
         source: a cache, or a pattern [batch head query key]
-        alignment: source index per target position, -1 where there is none
+        alignment: source index per target position; rows whose index lies outside the keys, such
+            as -1, have no target and do not count
         shift: added to the alignment
         accuracy: the fraction of rows whose largest weight lies there, instead of the weight; a
             tie counts in parts, so that chance is 1 / (number of keys)

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from smearlens._explain import explained
-from smearlens.analysis.mixing.rows import Metric, RowBlock, RowFunction, RowOptions, measure
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import Metric, RowBlock, RowFunction, measure
 
 Targets = Callable[[RowBlock], Bool[Tensor, "batch rows key"]]
 
@@ -101,7 +102,8 @@ def induction_score(
         head that looks a fixed distance back on a fixed period scores as high there.
 
     Raises:
-        ValueError: if tokens and pattern differ in size, or no token occurs twice
+        ValueError: if tokens and pattern differ in size. Where no token occurs twice the value is
+            NaN, for there is nothing to match
 
     Source:
         Olsson et al. 2022, prefix matching; the stripe of lag T - 1
@@ -109,7 +111,10 @@ def induction_score(
     if kind == "diagonal":
         return _diagonal_score(source, tokens, options)
     if kind != "match":
-        raise ValueError(f"kind must be 'match' or 'diagonal', got {kind!r}")
+        raise ValueError(
+            f"kind must be 'match' or 'diagonal', got {kind!r}; to choose layers, measure "
+            "mixings(cache, kind=…)"
+        )
     return prefix_matching_score(
         source, tokens, offset=1, include_boundary=include_boundary,
         name="induction_score", **options,
@@ -219,10 +224,11 @@ def common_period(tokens: Int[Tensor, "batch pos"]) -> int:
         ValueError: if there is none
     """
     length = tokens.shape[1]
-    for period in range(1, length):
-        body = tokens[:, (length % period == 1) :] if length > 2 else tokens
-        if body.shape[1] >= 2 * period and bool((body[:, period:] == body[:, :-period]).all()):
-            return period
+    for period in range(1, length // 2 + 1):
+        for body in (tokens, tokens[:, 1:]):
+            long_enough = body.shape[1] >= 2 * period
+            if long_enough and bool((body[:, period:] == body[:, :-period]).all()):
+                return period
     raise ValueError(
         "kind='diagonal' needs one period for all examples ([BOS, s, s] or [s, s]); "
         "use kind='match' for varied periods"

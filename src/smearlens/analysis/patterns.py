@@ -15,14 +15,10 @@ from torch import Tensor
 
 from smearlens._explain import explained
 from smearlens.analysis.mixing.kinds import Mixing
-from smearlens.analysis.mixing.rows import (
-    Metric,
-    RowBlock,
-    RowOptions,
-    as_layers,
-    measure,
-    row_blocks,
-)
+from smearlens.analysis.mixing.layers import as_layers
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import Metric, RowBlock, measure, row_blocks
+from smearlens.analysis.mixing.state_space import require_weights
 
 
 @explained
@@ -56,7 +52,8 @@ def attention_entropy(
 
     unit = "fraction of log n" if normalised else "nats" if base is None else f"log base {base:g}"
     name = "attention_entropy" + ("(normalised)" if normalised else "")
-    metric = Metric(name, value, ceiling=None if normalised else ceiling, unit=unit)
+    best = None if normalised else ceiling
+    metric = Metric(name, value, ceiling=best, unit=unit, of_weights=True)
     return measure(source, metric, RowOptions(**options))
 
 
@@ -86,7 +83,10 @@ def attention_span(
         Vig & Belinkov 2019, mean attention distance
     """
     if kind not in ("distance", "relative", "mass", "effective"):
-        raise ValueError(f"kind must be distance, relative, mass or effective, got {kind!r}")
+        raise ValueError(
+            f"kind must be distance, relative, mass or effective, got {kind!r}; to choose layers, "
+            "measure mixings(cache, kind=…)"
+        )
     if not 0 < mass <= 1:
         raise ValueError(f"mass must be in (0, 1], got {mass}")
 
@@ -111,7 +111,9 @@ def attention_span(
         return furthest / block.query[:, 0].clamp_min(1) if kind == "relative" else furthest
 
     unit = {"relative": "fraction of the context", "effective": "keys"}.get(kind, "tokens")
-    metric = Metric(f"attention_span({kind})", value, ceiling=ceiling, unit=unit)
+    weights = kind in ("mass", "effective")
+    name = f"attention_span({kind})"
+    metric = Metric(name, value, ceiling=ceiling, unit=unit, of_weights=weights)
     return measure(source, metric, RowOptions(**options))
 
 
@@ -189,7 +191,13 @@ class Profile:
         return self.mean()[:, self.lags.index(lag)]
 
     def __repr__(self) -> str:
-        return f"Profile(lags {self.lags[0]}..{self.lags[-1]}, {self.values.shape[1]} heads)"
+        means = self.mean()
+        lines = [f"{'lag':>4}" + "".join(f"{f'head {h}':>9}" for h in range(min(8, len(means))))]
+        for column, lag in list(enumerate(self.lags))[:24]:
+            lines.append(f"{lag:>4}" + "".join(f"{float(m):>9.3f}" for m in means[:8, column]))
+        if len(means) > 8 or len(self.lags) > 24:
+            lines.append(f"… of {len(means)} heads, lags {self.lags[0]}..{self.lags[-1]}: .mean()")
+        return "\n".join(lines)
 
 
 @explained
@@ -208,7 +216,10 @@ def head_diversity(source: Any, *, kind: Literal["js", "variance"] = "js", **opt
         values [example] by layer name for a cache, or [example] for a pattern; NaN for one head
     """
     if kind not in ("js", "variance"):
-        raise ValueError(f"kind must be 'js' or 'variance', got {kind!r}")
+        raise ValueError(
+            f"kind must be 'js' or 'variance', got {kind!r}; to choose layers, measure "
+            "mixings(cache, kind=…)"
+        )
     chosen = RowOptions(**options)
     found = {
         name: _diversity(mixing, kind, chosen) for name, mixing in as_layers(source, chosen).items()
@@ -253,6 +264,8 @@ def _profile_of(mixing: Mixing, max_lag: int, options: RowOptions) -> Profile:
 
 
 def _diversity(mixing: Mixing, kind: str, options: RowOptions) -> Float[Tensor, " example"]:
+    if kind == "js":
+        require_weights("head_diversity(js)", mixing, options.normalise)
     if mixing.n_heads < 2:
         return torch.full((mixing.n_examples,), torch.nan, dtype=torch.float64)
     total, count = torch.zeros(mixing.n_examples, dtype=torch.float64), torch.zeros(())

@@ -21,7 +21,7 @@ COLUMNS = ("layer", "head", "score", "low", "high", "chance", "maximum", "contro
 
 
 @explained
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
     """Per layer name a tensor [example head]; NaN where an example has no valid row.
 
@@ -58,6 +58,15 @@ class Scores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.per_layer)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same metric with the same values, NaN where the other has NaN."""
+        if not isinstance(other, Scores) or (self.name, list(self)) != (other.name, list(other)):
+            return False
+        pairs = zip(self.per_layer.values(), other.per_layer.values(), strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, 0, 0, True) for a, b in pairs)
+
+    __hash__ = None
 
     def mean(self, reduce: Literal["macro", "micro"] = "macro") -> dict[str, Tensor]:
         """Per layer the mean over examples [head]: of example means, or of pooled rows."""
@@ -109,30 +118,38 @@ class Scores(Mapping[str, Tensor]):
         known = [r for r in self.records() if r["score"] == r["score"]]
         return sorted(known, key=lambda r: -r["score"])[:k]
 
-    def __repr__(self) -> str:
-        head = f"{self.name} ({self.unit}{'; ' + self.note if self.note else ''})"
-        lines = [f"{'layer':<24} head   score  [95% interval]   chance maximum control"]
+    def _shown(self, most: int, top: int) -> tuple[list[dict[str, Any]], str]:
+        """What is printed: all of up to `most` heads, else the best, and a line that says so."""
         records = self.records()
-        shown = records if len(records) <= 40 else self.top(20)
+        shown = records if len(records) <= most else self.top(top)
+        rest = f"… the top {len(shown)} of {len(records)} heads; .to_frame() has all"
+        return shown, rest if len(shown) < len(records) else ""
+
+    @property
+    def _title(self) -> str:
+        return f"{self.name} ({self.unit}{'; ' + self.note if self.note else ''})"
+
+    def __repr__(self) -> str:
+        lines = [f"{'layer':<24} head   score  [95% interval]   chance maximum control"]
+        shown, rest = self._shown(40, 20)
         for r in shown:
             lines.append(
                 f"{r['layer']:<24} {r['head']:>4} {r['score']:>7.3f}  "
                 f"[{r['low']:>6.3f}, {r['high']:>6.3f}] {r['chance']:>7.3f} {r['maximum']:>7.3f} "
                 f"{r['control']:>7.3f}"
             )
-        if len(shown) < len(records):
-            lines.append(f"… the top {len(shown)} of {len(records)} heads; .to_frame() has all")
-        return "\n".join([head, *lines])
+        return "\n".join([self._title, *lines, *([rest] if rest else [])])
 
     def _repr_html_(self) -> str:
+        shown, rest = self._shown(40, 40)
         cells = "".join(f"<th>{c}</th>" for c in COLUMNS)
         body = "".join(
             f"<tr><td>{html.escape(r['layer'])}</td><td>{r['head']}</td>"
             + "".join(f"<td>{r[c]:.3f}</td>" for c in COLUMNS[2:])
             + "</tr>"
-            for r in self.top(40)
+            for r in shown
         )
-        caption = html.escape(f"{self.name} ({self.unit})")
+        caption = html.escape(f"{self._title} {rest}".strip())
         return (
             f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead>"
             f"<tbody>{body}</tbody></table>"
@@ -145,8 +162,3 @@ def best_head(scores: Scores) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{scores.name}: no head has a valid score (no row qualifies)")
     return found[0]
-
-
-def stack_heads(scores: Scores) -> Float[Tensor, "example layer_head"]:
-    """All layers side by side."""
-    return torch.cat(list(scores.per_layer.values()), dim=1)

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.kinds import Mixing
-from smearlens.analysis.mixing.rows import RowOptions, as_layers, row_block
+from smearlens.analysis.mixing.layers import as_layers
+from smearlens.analysis.mixing.options import RowOptions
+from smearlens.analysis.mixing.rows import row_block
+from smearlens.analysis.mixing.state_space import require_weights
 from smearlens.analysis.patterns import entropies
 
 LOG2 = 0.6931471805599453
@@ -88,7 +91,10 @@ def layer_similarity(
         ValueError: for fewer than two layers, or a null with other layers
     """
     if kind not in ("js", "cosine", "cka") or heads not in ("mean", "match"):
-        raise ValueError(f"kind={kind!r} (js, cosine, cka), heads={heads!r} (mean, match)")
+        raise ValueError(
+            f"kind={kind!r} (js, cosine, cka), heads={heads!r} (mean, match); to choose layers, "
+            "compare mixings(cache, kind=…)"
+        )
     chosen = RowOptions(**options)
 
     def table(given: Any) -> tuple[list[str], Tensor]:
@@ -210,6 +216,14 @@ def _compare(
             f"layers over {one.n_queries} x {one.n_keys} and {other.n_queries} x {other.n_keys} "
             "positions cannot be compared row by row; use kind='cka'"
         )
+    if 1 != one.n_examples != other.n_examples != 1:
+        raise ValueError(
+            f"layers of {one.n_examples} and {other.n_examples} examples cannot be compared; "
+            "give activations of the same tokens"
+        )
+    for layer in (one, other):
+        if kind == "js":
+            require_weights("layer_similarity(js)", layer, options.normalise)
     sums: list[Tensor] = []
     for start, stop, rows in one.blocks():
         a = row_block(one, rows, start, options)
@@ -225,8 +239,13 @@ def _compare(
         else:
             part = _cosine_sums(p, q, allowed & valid[..., None], centred)
         sums = [s + t for s, t in zip(sums, part, strict=True)] if sums else part
-    table = sums[0] / sums[1] if kind == "js" else sums[0] / (sums[1] * sums[2]).sqrt()
+    table = sums[0] / sums[1] if kind == "js" else _cosine(*sums)
     return float(_matched(table).nanmean())
+
+
+def _cosine(cross: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """NaN where either is nothing but rounding: a uniform layer, centred, has no direction."""
+    return torch.where(torch.minimum(one, other) > 1e-10, cross / (one * other).sqrt(), torch.nan)
 
 
 def _js_sums(p: Tensor, q: Tensor, several: Tensor) -> list[Tensor]:

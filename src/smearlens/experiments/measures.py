@@ -18,9 +18,10 @@ from smearlens.analysis.behaviour import (
     predictable,
 )
 from smearlens.analysis.heads import duplicate_token_score, induction_score, prev_token_score
-from smearlens.analysis.kernels import kernel_profile, score_by_lag, smear_evidence
+from smearlens.analysis.kernels import kernel_profile
 from smearlens.analysis.patterns import lag_profile
 from smearlens.analysis.scores import Scores, best_head
+from smearlens.analysis.smearing import score_by_lag, smear_evidence
 from smearlens.causal.ablate import measure_with
 from smearlens.causal.audit import audit
 from smearlens.causal.lags import role_without_lags

@@ -26,22 +26,33 @@ def kernel_lags(cache: Mapping[str, Tensor] | Any, layer: str) -> list[int]:
     names = [f"{layer}.{point}" for point in ("hook_in", "hook_kernel", "hook_out")]
     missing = [name for name in names if name not in list(cache.keys())]
     if missing:
-        raise ValueError(f"lags of {layer!r} need {missing} in the cache; or pass lags=[0, 1, …]")
+        raise ValueError(f"lags of {layer!r} need {missing} in the cache")
     rounding = max(torch.finfo(cache[name].dtype).eps for name in names)
     x, kernel, out = (cache[name].double() for name in names)
     x, out = (t if t.ndim == 3 else t[None] for t in (x, out))
+    checked_kernel(names[1], kernel)
+    if x.shape != out.shape or x.shape[-1] != len(kernel):
+        raise ValueError(
+            f"{layer}: hook_in {list(x.shape)} and hook_out {list(out.shape)} must be "
+            f"[batch pos channel] with the channels of hook_kernel {list(kernel.shape)}"
+        )
     errors = [_misfit(x, kernel, out, f) for f in range(kernel.shape[1])]
     fitting = [f for f, error in enumerate(errors) if error <= max(1e-3, 4 * rounding)]
     if not fitting:
+        flipped = min(_misfit(x, kernel.flip(-1), out, f) for f in range(kernel.shape[1]))
+        advice = (
+            "its taps stand in reverse, oldest first, as in nn.Conv1d: cache weight.flip(-1)"
+            if flipped <= max(1e-3, 4 * rounding)
+            else "was one of them edited by a hook?"
+        )
         raise ValueError(
             f"{layer}: hook_out is not hook_in convolved with hook_kernel for any padding (best "
-            f"misfit {min(errors):.1e}); was one of them edited by a hook? pass lags=[0, 1, …] "
-            "instead"
+            f"misfit {min(errors):.1e}); {advice}"
         )
     if len(fitting) > 1:
         raise ValueError(
             f"{layer}: paddings with {fitting} taps ahead all turn hook_in {list(x.shape)} into "
-            "hook_out; cache a longer sequence, or pass lags=[0, 1, …]"
+            "hook_out; cache a longer sequence"
         )
     return [i - fitting[0] for i in range(kernel.shape[1])]
 

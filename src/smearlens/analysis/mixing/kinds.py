@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from smearlens._explain import explained
@@ -45,7 +45,7 @@ class Mixing(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
-        """Rows `start` to `stop`, all keys, in float32 or wider; the caller may change them."""
+        """Rows `start` to `stop`, all keys, in float32 or wider; nothing is written into them."""
 
     def blocks(self, size: int = 128) -> Iterator[tuple[int, int, Tensor]]:
         """Go through all rows, `size` at a time, as (start, stop, rows)."""
@@ -83,14 +83,49 @@ class Mixing(ABC):
 
 @explained
 class DenseMixing(Mixing):
-    """A matrix that exists: an attention pattern [batch head query key]."""
+    """A matrix that exists: an attention pattern [batch head query key].
 
-    def __init__(self, pattern: Float[Tensor, "batch head query key"], *, signed: bool = False):
-        self.pattern, self.signed = pattern, signed
+    Args:
+        pattern: its rows are weights, unless they are `signed`
+        signed: whether entries may be negative and rows need not sum to 1
+        causal: whether later keys are masked. Default: read off the entries
+
+    Raises:
+        ValueError: for negative entries that are not announced as `signed`
+    """
+
+    def __init__(
+        self,
+        pattern: Float[Tensor, "batch head query key"],
+        *,
+        signed: bool = False,
+        causal: bool | None = None,
+    ):
+        if not signed and bool((pattern < 0).any()):
+            raise ValueError(
+                f"pattern has negative entries (least {float(pattern.nan_to_num().min()):.2g}), so "
+                "its rows are no weights; pass DenseMixing(pattern, signed=True), several layers "
+                "as a dictionary of them"
+            )
+        self.pattern, self.signed, self._judged = pattern, signed, causal is None
         self.n_examples, self.n_heads, self.n_queries, self.n_keys = pattern.shape
         self.crossed = self.n_queries != self.n_keys
-        ahead = pattern.triu(1).abs_() > 0  # False for NaN: a row without keys says nothing
-        self.causal = not self.crossed and not bool(ahead.any())
+        ahead = causal is None and (pattern.triu(1).abs_() > 0).any()  # not NaN: a row without keys
+        self.causal = not self.crossed and (causal is not False) and not bool(ahead)
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether every row does that has any weight, within 1 %."""
+        sums = self.pattern.sum(-1, dtype=torch.float32)
+        return not bool((((sums - 1).abs() > 0.01) & (sums > 0)).any())
+
+    def among(self, queries: Bool[Tensor, "batch_or_1 query"]) -> DenseMixing:
+        """Judged by these queries alone: the row of a padded one may be uniform over all keys."""
+        if self.causal or self.crossed or not self._judged:
+            return self
+        ahead = (self.pattern.triu(1).abs_() > 0).any(-1)  # [batch head query]
+        seen = bool((ahead & queries[:, None].to(ahead.device)).any())
+        return DenseMixing(self.pattern, signed=self.signed, causal=not seen)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
         """A copy of the rows, at least float32."""
@@ -187,7 +222,7 @@ class ComposedMixing(Mixing):
     Args:
         attention: A, the mixing of the attention layer
         gain: g, how strongly each head reads each lag of the convolution, [head lag]; see
-            `analysis.kernels.composition_gain`
+            `analysis.smearing.composition_gain`
         lags: the lag of each column of `gain`
     """
 

@@ -1,21 +1,20 @@
 """From a cache to the mixing of each of its layers, by the names of its hooks.
 
-Leaves out the mixings themselves: `kinds`, `state_space`.
+Leaves out the mixings themselves (`kinds`, `state_space`) and what is read from them (`rows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from smearlens._explain import explained, require_cache
 from smearlens.analysis.mixing.bands import kernel_lags
 from smearlens.analysis.mixing.kinds import BandMixing, DenseMixing, Mixing, SoftmaxMixing
+from smearlens.analysis.mixing.options import Kind, RowOptions, fitted
 from smearlens.analysis.mixing.state_space import SSMMixing
-
-Kind = Literal["attention", "conv", "ssm"]
 
 
 @explained
@@ -34,8 +33,8 @@ def mixings(
     Args:
         cache: a mapping from hook names to tensors: a TransformerLens `ActivationCache`, a dict
         kind: which layers; convolutions (one "head" per channel) only when asked for
-        causal: of attention rebuilt from q and k. Default: True, except for cross attention and
-            layers of an encoder
+        causal: whether attention masks later keys. Default: as its pattern shows, True where it
+            is rebuilt from q and k, False for cross attention and layers of an encoder
 
     Raises:
         ValueError: if the cache holds no such layer, or only part of what one needs
@@ -48,23 +47,23 @@ def mixings(
     found: dict[str, Mixing] = {}
     for name in names:
         layer, _, point = name.rpartition(".")
+        crossed = layer.endswith("cross_attn")
+        masked = False if causal is None and (crossed or layer.startswith("encoder.")) else causal
         if "attention" in kinds and point == "hook_pattern":
-            found[layer] = DenseMixing(_batched(_filled(cache, name), 4, name))
+            found[layer] = DenseMixing(_batched(_filled(cache, name), 4, name), causal=masked)
         elif "attention" in kinds and point == "hook_q" and f"{layer}.hook_pattern" not in names:
             if (key := f"{layer}.hook_k") not in names:
                 raise ValueError(f"{name} is cached without {key}; cache both")
             q, k = (_batched(_filled(cache, n), 4, n) for n in (name, key))
-            found[layer] = SoftmaxMixing(q, k, causal=causal is not False)
+            found[layer] = SoftmaxMixing(q, k, causal=masked is not False)
         elif "conv" in kinds and point == "hook_kernel":
             lags = kernel_lags(cache, layer)
             found[layer] = BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
         elif "ssm" in kinds and point == "hook_A_bar":
             parts = (_filled(cache, f"{layer}.{p}") for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
             found[layer] = SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
-        if layer in found and layer.endswith("attn"):
-            found[layer].crossed |= layer.endswith("cross_attn")
-            if causal is None and (found[layer].crossed or layer.startswith("encoder.")):
-                found[layer].causal = False  # whatever zeros a square pattern happens to hold
+        if layer in found and crossed:
+            found[layer].crossed = True
     if not found:
         raise ValueError(
             f"no {' or '.join(kinds)} layer in a cache of {len(names)} activations "
@@ -72,6 +71,49 @@ def mixings(
             "hook_kernel and hook_out (conv), or hook_A_bar, hook_B_bar and hook_C (ssm)"
         )
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
+    """Whatever a metric was given, as mixings by layer name; one pattern or mixing has name ""."""
+    layers = _found(source, options)
+    if options.query_mask is None:
+        return layers
+    return {
+        name: m.among(fitted("query_mask", options.query_mask, m, m.n_queries))
+        if isinstance(m, DenseMixing)
+        else m
+        for name, m in layers.items()
+    }
+
+
+def _found(source: Any, options: RowOptions) -> dict[str, Mixing]:
+    if isinstance(source, Tensor):
+        return {"": _pattern_mixing(source)}
+    if isinstance(source, Mixing):
+        return {"": source}
+    if not callable(getattr(source, "keys", None)):
+        raise TypeError(
+            "source must be a cache (hook names to tensors), a Mixing or a pattern tensor, "
+            f"got {type(source).__name__}"
+        )
+    given = list(source.values()) if isinstance(source, Mapping) else []
+    if any(isinstance(m, Mixing) for m in given):
+        if not all(isinstance(m, Mixing) for m in given):
+            raise TypeError("source holds mixings and other things; give mixings, or activations")
+        return dict(source)
+    return mixings(source, kind=options.kind)
+
+
+def _pattern_mixing(pattern: Tensor) -> DenseMixing:
+    """One pattern tensor as a mixing, with the axes that it lacks."""
+    if pattern.ndim not in (2, 3, 4) or not pattern.numel():
+        raise ValueError(
+            "a pattern is [batch head query key], [head query key] or [query key], no axis empty, "
+            f"got shape {tuple(pattern.shape)}"
+        )
+    if not pattern.is_floating_point():
+        raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
+    return DenseMixing(pattern[(None,) * (4 - pattern.ndim)])
 
 
 def _batched(x: Tensor, ndim: int, name: str) -> Tensor:

@@ -6,7 +6,7 @@ alike: masks, signed maps, streaming (by channels, if many), chance (on uniform 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,45 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smearlens.analysis.mixing.kinds import DenseMixing, Mixing, UniformMixing
-from smearlens.analysis.mixing.layers import Kind, mixings
-from smearlens.analysis.mixing.state_space import ROOM, ChannelMixing, Normalise, unsigned
+from smearlens.analysis.mixing.layers import as_layers
+from smearlens.analysis.mixing.options import RowOptions, fitted
+from smearlens.analysis.mixing.state_space import (
+    ROOM,
+    ChannelMixing,
+    require_weights,
+    unsigned,
+)
 from smearlens.analysis.scores import Scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """What to leave out of the rows before measuring.
-
-    Attributes:
-        exclude_bos: drop key 0
-        exclude_self: drop the key at the query's own position
-        renormalise: scale what is left of a row back to sum 1
-        query_mask: True where a query counts, [example query] or [query]
-        key_mask: True where a key counts, [example key] or [key]
-        normalise: how signed rows (convolution, state space) become weights, before any key is
-            left out: "abs" is |M| / Σ|M|, "softmax", "minmax" (shifted to start at 0, then to
-            sum 1), "none"
-        kind: which layers of a cache
-    """
-
-    exclude_bos: bool = False
-    exclude_self: bool = False
-    renormalise: bool = True
-    query_mask: Tensor | None = None
-    key_mask: Tensor | None = None
-    normalise: Normalise = "abs"
-    kind: Kind | tuple[Kind, ...] = ("attention", "ssm")
-
-    def __post_init__(self):
-        if self.normalise not in ("abs", "softmax", "minmax", "none"):
-            raise ValueError(
-                f"normalise must be 'abs', 'softmax', 'minmax' or 'none', got {self.normalise!r}"
-            )
-        for name in ("query_mask", "key_mask"):
-            mask = getattr(self, name)
-            if mask is not None and getattr(mask, "dtype", None) != torch.bool:
-                given = getattr(mask, "dtype", type(mask).__name__)
-                raise TypeError(f"{name} must be a bool tensor (True counts), got {given}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +86,7 @@ class Metric:
     ceiling: Callable[[RowBlock], Tensor] | None = None  # None: 1 wherever it is defined
     divisor: Callable[[RowBlock], Tensor] | None = None  # what a row counts for; None: 1
     unit: str = "fraction"
+    of_weights: bool = False  # means nothing for rows that do not sum to 1
 
 
 def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
@@ -139,29 +110,9 @@ def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
     values, rows, chance, maximum, control = (
         dict(zip(measured, column, strict=True)) for column in columns
     )
-    signed = any(m.signed for m in layers.values())
-    note = f"signed maps normalised by {options.normalise!r}" if signed else ""
-    return Scores(metric.name, values, chance, maximum, control, rows, metric.unit, note)
-
-
-def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:
-    """Whatever a metric was given, as mixings by layer name; one pattern or mixing has name ""."""
-    if isinstance(source, Tensor):
-        return {"": _pattern_mixing(source)}
-    if isinstance(source, Mixing):
-        return {"": source}
-    if not callable(getattr(source, "keys", None)):
-        raise TypeError(
-            "source must be a cache (hook names to tensors), a Mixing or a pattern tensor, "
-            f"got {type(source).__name__}"
-        )
-    if (
-        isinstance(source, Mapping)
-        and source
-        and all(isinstance(m, Mixing) for m in source.values())
-    ):
-        return dict(source)
-    return mixings(source, kind=options.kind)
+    return Scores(
+        metric.name, values, chance, maximum, control, rows, metric.unit, _note(layers, options)
+    )
 
 
 def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> RowBlock:
@@ -179,7 +130,7 @@ def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> 
     if not plain and options.renormalise and not raw:
         rows = rows / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     if options.query_mask is not None:
-        mask = _fitted("query_mask", options.query_mask, mixing, mixing.n_queries)
+        mask = fitted("query_mask", options.query_mask, mixing, mixing.n_queries)
         full = full & mask[:, None, start : start + rows.shape[-2]]
     return RowBlock(rows, allowed, full, start, mixing.n_queries, mixing.crossed)
 
@@ -203,7 +154,7 @@ def allowed_keys(
         allowed = allowed & (key > 0)
     allowed = allowed[None, None]
     if options.key_mask is not None:
-        mask = _fitted("key_mask", options.key_mask, mixing, mixing.n_keys)
+        mask = fitted("key_mask", options.key_mask, mixing, mixing.n_keys)
         allowed = allowed & mask[:, None, None, :]
     return allowed
 
@@ -214,17 +165,10 @@ def _seen(mixing: Mixing, start: int, n_rows: int) -> Bool[Tensor, "rows key"]:
     return seen.tril(start) if mixing.causal else seen
 
 
-def _fitted(name: str, mask: Tensor, mixing: Mixing, size: int) -> Bool[Tensor, "batch_or_1 pos"]:
-    """A mask of the options as [batch or 1, pos], its sizes checked."""
-    mask = mask if mask.ndim == 2 else mask[None]
-    n_examples = mixing.n_examples if mixing.n_examples > 1 else len(mask)
-    if mask.shape[-1] != size or len(mask) not in (1, n_examples):
-        raise ValueError(f"{name} {list(mask.shape)} does not fit {n_examples} x {size} positions")
-    return mask
-
-
 def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple[Tensor, ...]:
     """Values [example head], valid rows [example head], chance, maximum, control [head or 1]."""
+    if metric.of_weights:
+        require_weights(metric.name, mixing, options.normalise)
     parts = mixing.parts() if isinstance(mixing, ChannelMixing) else [mixing]
     columns = zip(*(_measure_heads(part, metric, options) for part in parts), strict=True)
     values, rows, maximum, control = (torch.cat(column, -1) for column in columns)
@@ -277,6 +221,15 @@ class _Mean:
         return self.total / self.count
 
 
+def _note(layers: dict[str, Mixing], options: RowOptions) -> str:
+    """What a reader of the scores should know about the rows."""
+    if any(m.signed for m in layers.values()):
+        return f"signed maps normalised by {options.normalise!r}"
+    dense = {name: m for name, m in layers.items() if isinstance(m, DenseMixing)}
+    loose = [name for name, m in dense.items() if not m.sums_to_one]
+    return f"rows of {', '.join(loose)} do not sum to 1" if loose else ""
+
+
 def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
     """Values [batch head] without the axes that `pattern` does not have."""
     if pattern.ndim < 4 and len(values) > 1:
@@ -285,14 +238,3 @@ def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
             f"given for {len(values)}; pass [batch head query key]"
         )
     return values.reshape(values.shape[4 - pattern.ndim :])
-
-
-def _pattern_mixing(pattern: Tensor) -> Mixing:
-    if pattern.ndim not in (2, 3, 4) or not pattern.numel():
-        raise ValueError(
-            "a pattern is [batch head query key], [head query key] or [query key], no axis empty, "
-            f"got shape {tuple(pattern.shape)}"
-        )
-    if not pattern.is_floating_point():
-        raise TypeError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
-    return DenseMixing(pattern[(None,) * (4 - pattern.ndim)])

@@ -199,8 +199,17 @@ class SSMMixing(ChannelMixing):
         return columns
 
 
+def require_weights(name: str, mixing: Mixing, normalise: Normalise) -> None:
+    """Raise a ValueError where what `name` measures needs rows that sum to 1 and has none."""
+    if mixing.signed and normalise == "none":
+        raise ValueError(
+            f"{name} needs weights, and normalise='none' leaves signed rows as they are; "
+            "choose 'abs', 'softmax' or 'minmax'"
+        )
+
+
 def unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
-    """Signed rows as weights, by the named choice; `rows` may be overwritten."""
+    """Signed rows as weights, by the named choice."""
     if normalise == "none":
         return rows
     if normalise == "softmax":
@@ -208,7 +217,7 @@ def unsigned(rows: Tensor, allowed: Tensor, normalise: Normalise) -> Tensor:
     if normalise == "minmax":
         low = rows.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
         rows = (rows - low).masked_fill(~allowed, 0)
-    rows = rows.abs_()
+    rows = rows.abs()
     return rows.div_(rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
 
 
