@@ -26,6 +26,7 @@ STEP_BARS = {"cpu": 1 / 1.25, "shakespeare": 1 / 1.1}  # time of a step, as a fr
 GENERATION_BAR = 1 / 5  # of a loop that runs the whole context again
 STREAMED_BAR = 0.8  # of the loss with all its logits
 BATCH = 12  # sequences in a step
+STEP_WHY = "products of matrices take three quarters of the time and more, and equally long"
 GENERATION_WHY = "products of matrices with one vector take nearly all the time, and equally long"
 LENGTH = 256  # of a generated text
 D_VOCAB = 50257  # of GPT-2's tokenizer
@@ -39,7 +40,8 @@ def step_rows() -> Iterator[Row]:
         ours = stepper(model, lambda m=model, t=tokens: m(t, return_type="loss"))
         theirs = stepper(peer, lambda m=peer, t=tokens: m(t, labels=t).loss)
         shape = (*tokens.shape, config.d_model, config.n_layers)
-        yield compare(f"training step / GPT2LMHeadModel, {name}", shape, ours, theirs, bar)
+        title = f"training step / GPT2LMHeadModel, {name}"
+        yield compare(title, shape, ours, theirs, bar, rounds=9, budget=40.0, why=STEP_WHY)
 
 
 def generation_rows() -> Iterator[Row]:

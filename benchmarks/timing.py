@@ -31,6 +31,7 @@ def compare(
     bar: float | None = 1.0,
     *,
     rounds: int = 7,
+    budget: float = BUDGET,
     why: str = "",
 ) -> Row:
     """Time `subject` as a fraction of `peer`, which must stay below `bar`, if there is one.
@@ -41,10 +42,10 @@ def compare(
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     wall = []
     if load < cores + 1:  # one of them may be this process
-        wall = _ratios(subject, peer, 5, time.perf_counter, least=1, budget=BUDGET / 4)
+        wall = _ratios(subject, peer, 5, time.perf_counter, least=1, budget=budget / 4)
     torch.set_num_threads(1)
     try:
-        ratios = _ratios(subject, peer, rounds, time.process_time, least=LEAST, budget=BUDGET)
+        ratios = _ratios(subject, peer, rounds, time.process_time, least=LEAST, budget=budget)
     finally:
         torch.set_num_threads(threads)
     found = row(name, shape, median(ratios), bar, **tenths(ratios), why=why)
