@@ -38,6 +38,13 @@ def run_manually(model, tokens, name, edit):
     return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: edit(t))])[:, -1, 0]
 
 
+def next_in_circle(count, seed=5):
+    """For each of the examples, seated at random, who sits before it."""
+    seats = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    before = {one: seats[i - 1] for i, one in enumerate(seats)}
+    return [before[one] for one in range(count)]
+
+
 def test_zero_mean_and_resample_equal_hand_made_edits(model, tokens, generator):
     name, heads = "blocks.0.attn.hook_z", (0, 2)
     _, cache = model.run_with_cache(tokens)
@@ -63,7 +70,7 @@ def test_zero_mean_and_resample_equal_hand_made_edits(model, tokens, generator):
         )  # fmt: skip
         torch.testing.assert_close(effect.changed, run_manually(model, tokens, name, edit))
         torch.testing.assert_close(effect.clean, last_logit(model(tokens), tokens))
-    partner = torch.randperm(7, generator=torch.Generator().manual_seed(5))
+    partner = next_in_circle(7)
     effect = ablate(
         model, tokens, Component(name, heads), how="resample", metric=last_logit, n_controls=0,
         generator=torch.Generator().manual_seed(5),
@@ -83,7 +90,7 @@ def test_what_is_stored_comes_from_the_reference(model, tokens, generator):
         ("mean", other): z.mean((0, 1)),
         ("mean", short): model.run_with_cache(short)[1][name].mean((0, 1)),
         ("mean_by_position", other): z.mean(0),
-        ("resample", other): z[torch.randperm(9, generator=torch.Generator().manual_seed(5))][:7],
+        ("resample", other): z[next_in_circle(9)][:7],
     }
     for (how, reference), new in expected.items():
         effect = ablate(

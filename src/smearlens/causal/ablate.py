@@ -8,7 +8,7 @@ effect. Leaves out what lags carry (`causal.lags`) and moving activations betwee
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,43 +16,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smearlens._explain import explained
+from smearlens._hooks import HookedRootModule
 from smearlens.analysis.behaviour import induction_accuracy
 from smearlens.analysis.stats import bootstrap_interval
-from smearlens.models.base import HookedModel
-
-Hooks = list[tuple[str | Callable, Callable]]
-BehaviourMetric = Callable[[Tensor, Tensor], Tensor]  # (logits, tokens) -> one number per example
+from smearlens.causal.component import Component, as_component
+from smearlens.causal.running import (
+    BehaviourMetric,
+    Hooks,
+    activations,
+    measure_with,
+    observed,
+    replace_with,
+)
 
 HOW = ("zero", "mean", "mean_by_position", "resample", "pattern_preserving")
-HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_z")  # [batch pos head d_head]
 ROUTING_POINTS = ("hook_pattern", "hook_delta", "hook_B", "hook_C")  # what moves where
-
-
-@dataclass(frozen=True)
-class Component:
-    """Some units of one activation.
-
-    Attributes:
-        name: hook name
-        units: heads of `hook_q`, `hook_k`, `hook_v`, `hook_z` and patterns, channels of any other
-            activation; None is all of them
-    """
-
-    name: str
-    units: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        some = isinstance(self.units, (tuple, list)) and len(self.units) > 0
-        if self.units is not None and not (some and all(isinstance(u, int) for u in self.units)):
-            raise ValueError(f"units must be some indices, or None for all, got {self.units!r}")
-
-    @property
-    def axis(self) -> int:
-        """The axis that `units` index."""
-        point = self.name.rpartition(".")[2]
-        if point in ("hook_pattern", "hook_attn_scores"):
-            return 1
-        return 2 if point in HEAD_POINTS else -1
 
 
 @dataclass(frozen=True)
@@ -101,20 +79,10 @@ class Effect:
         )
 
 
-def measure_with(
-    model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
-    hooks: Hooks,
-    metric: BehaviourMetric = induction_accuracy,
-) -> Float[Tensor, " batch"]:
-    """`metric` of the model's logits with `hooks` attached for this one run."""
-    with torch.no_grad():
-        return metric(model.run_with_hooks(tokens, fwd_hooks=hooks), tokens)
-
-
 @explained
+@observed
 def ablate(
-    model: HookedModel,
+    model: HookedRootModule,
     tokens: Int[Tensor, "batch pos"],
     component: Component | str,
     *,
@@ -127,43 +95,40 @@ def ablate(
     """Effect of removing `component`, beside that of equally many random other units.
 
     Args:
-        model: to intervene on
+        model: to intervene on; it runs in eval mode
         tokens: to measure on
         component: what to remove, or a hook name for all of it
         how: "zero"; "mean" over a data set and its positions; "mean_by_position"; "resample", the
             activation of another example; "pattern_preserving", zero with every pattern (Δ, B and C
-            of state-space layers) kept as in the clean run
+            of state-space layers) kept as in the clean run. A score of -inf, a hidden key, stays
         metric: behaviour, per example
         reference: data set of the mean and of resampling; default `tokens`. Its sequences are as
             long, unless positions are averaged over, and to resample no fewer
-        n_controls: random components of the same size and place; none if `component` is all units
+        n_controls: random components of the same size and place; none if `component` is more than
+            half of the units, since there are not as many others
         generator: of resampling and of the controls
 
     Raises:
-        ValueError: for a `how`, a hook or units that do not exist, or a reference that does not fit
+        ValueError: for a `how`, a hook or units that do not exist, a reference that does not fit,
+            weights (such as `hook_kernel`) to be averaged or resampled, resampling of one example,
+            or a metric that returns anything but one number per example
 
     Source:
         Olsson et al. 2022 for pattern-preserving ablation
     """
     if how not in HOW:
         raise ValueError(f"how must be one of {list(HOW)}, got {how!r}")
-    component = Component(component) if isinstance(component, str) else component
+    component = as_component(component)
     reference = tokens if reference is None else reference
-    _check_reference(reference, tokens, component, how)
-    names = {component.name, *_routing(model)} if how == "pattern_preserving" else {component.name}
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens if how == "pattern_preserving" else reference, names_filter=sorted(names)
-        )
-    partner = torch.randperm(len(reference), generator=generator)
-    stored = {name: cache[name] for name in names}
+    routing = _routing(model) if how == "pattern_preserving" else []
+    run = tokens if how == "pattern_preserving" else reference
+    stored = activations(model, run, [component.name, *routing])
+    _check_reference(reference, tokens, component, how, stored[component.name])
+    component.check_units(stored[component.name])
+    partner = _partners(len(reference), generator)
 
     def hooks_for(target: Component) -> Hooks:
-        frozen = [
-            (name, replace_with(stored[name]))
-            for name in _routing(model)
-            if how == "pattern_preserving"
-        ]
+        frozen: Hooks = [(name, replace_with(stored[name])) for name in routing]
         return [*frozen, (target.name, _remover(target, how, stored[target.name], partner))]
 
     others = _other_units(component, stored[component.name], n_controls, generator)
@@ -176,14 +141,14 @@ def ablate(
     )
 
 
-def replace_with(value: Tensor) -> Callable:
-    """A hook that puts `value` in the place of whatever passes."""
-    return lambda _, hook: value
-
-
-def _check_reference(reference: Tensor, tokens: Tensor, component: Component, how: str) -> None:
-    """Raise unless what is stored of `reference` fits what passes for `tokens`."""
-    placed = how in ("mean_by_position", "resample") or (how == "mean" and component.axis == 1)
+def _check_reference(
+    reference: Tensor, tokens: Tensor, component: Component, how: str, stored: Tensor
+) -> None:
+    """Raise unless what is `stored` of `reference` fits what passes for `tokens`."""
+    if how in ("zero", "pattern_preserving"):
+        return
+    component.check_examples(stored, len(reference), f"how={how!r}")
+    placed = how != "mean" or component.pos_axis(stored, "the mean") == 2
     fewer = how == "resample" and len(reference) < len(tokens)
     if fewer or (placed and reference.shape[1] != tokens.shape[1]):
         raise ValueError(
@@ -191,9 +156,20 @@ def _check_reference(reference: Tensor, tokens: Tensor, component: Component, ho
             f"how={how!r} of {component.name} needs sequences of the same length"
             + (", no fewer than there are in tokens" if how == "resample" else "")
         )
+    if how == "resample" and len(reference) < 2:
+        raise ValueError(
+            f"how='resample' takes the activation of another example, got {len(reference)} in all; "
+            "pass more tokens, or more in reference="
+        )
 
 
-def _routing(model: HookedModel) -> list[str]:
+def _partners(count: int, generator: torch.Generator) -> Int[Tensor, " example"]:
+    """For each example a random other one: the next in a random circle."""
+    order = torch.randperm(count, generator=generator)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def _routing(model: HookedRootModule) -> list[str]:
     return [n for n in model.hook_dict if n.rpartition(".")[2] in ROUTING_POINTS]
 
 
@@ -204,20 +180,29 @@ def _remover(target: Component, how: str, stored: Tensor, partner: Tensor) -> Ca
         if how in ("zero", "pattern_preserving"):
             new = torch.zeros_like(value)
         elif how == "mean":
-            over = (0, 1) if target.axis != 1 else (0,)
-            new = stored.mean(over, keepdim=True).expand_as(value)
+            over = (0,) if target.pos_axis(stored, "the mean") == 2 else (0, 1)
+            new = _visible_mean(stored, over).expand_as(value)
         elif how == "mean_by_position":
-            new = stored.mean(0, keepdim=True).expand_as(value)
+            new = _visible_mean(stored, (0,)).expand_as(value)
         else:  # resample
             new = stored[partner][: len(value)]
+        new = torch.where(value.isneginf() | new.isneginf(), value, new)
         if target.units is None:
             return new
-        index = torch.tensor(target.units)
-        return value.index_copy(
-            target.axis % value.ndim, index, new.index_select(target.axis, index)
-        )
+        index, axis = torch.tensor(target.units, device=value.device), target.unit_axis(value)
+        return value.index_copy(axis, index, new.index_select(axis, index))
 
     return remove
+
+
+def _visible_mean(stored: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Mean over axes, which stay with size 1; of scores over those that are not hidden."""
+    hidden = stored.isneginf()
+    if not bool(hidden.any()):
+        return stored.mean(over, keepdim=True)
+    total = stored.masked_fill(hidden, 0).sum(over, keepdim=True)
+    count = (~hidden).sum(over, keepdim=True)
+    return (total / count).masked_fill(count == 0, -torch.inf)
 
 
 def _other_units(
@@ -226,13 +211,10 @@ def _other_units(
     """`count` random sets of units outside the component, each as large as it."""
     if component.units is None:
         return []
-    n_units = stored.shape[component.axis]
-    bad = [u for u in component.units if not 0 <= u < n_units]
-    if bad:
-        raise ValueError(f"units {bad} of {component.name}: allowed are 0..{n_units - 1}")
+    n_units = stored.shape[component.unit_axis(stored)]
     rest = torch.tensor([u for u in range(n_units) if u not in component.units])
     size = len(component.units)
     if len(rest) < size:
         return []
     picks = (rest[torch.randperm(len(rest), generator=generator)[:size]] for _ in range(count))
-    return [Component(component.name, tuple(pick.tolist())) for pick in picks]
+    return [replace(component, units=tuple(pick.tolist())) for pick in picks]

@@ -15,8 +15,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from smearlens._explain import explained
-from smearlens.causal.leaks import FutureRead, IidFloor, iid_floor, reads_future, streaming_gap
+from smearlens._explain import describe, explained
+from smearlens.causal.leaks import (
+    FutureRead,
+    IidFloor,
+    iid_floor,
+    reads_future,
+    streaming_gap,
+    takes,
+)
+from smearlens.causal.running import observed
 from smearlens.data.synthetic import iid_tokens
 from smearlens.models.base import HookedModel
 
@@ -62,18 +70,22 @@ class Audit:
     @property
     def findings(self) -> list[str]:
         """What is wrong, one sentence each."""
-        found = []
-        if not math.isfinite(self.iid.loss):
-            found.append(f"its loss on independent tokens is {self.iid.loss}")
-        if self.future.leaks:
-            found.append(
-                f"reads the future: later tokens change logits by up to "
-                f"{max(self.future.influence):.2g} (first at {self.future.first_leak})"
-            )
+        future, losses, found = self.future, (self.iid.loss, self.iid.trained_loss), []
+        if not future.finite:
+            found.append("gives logits or gradients that are not finite: nothing else is certain")
+        if self.targets is not None and not math.isfinite(self.targets.accuracy):
+            found.append("its logits for the given tokens are NaN")
+        found += [
+            f"its loss on independent tokens is {loss}"
+            for loss in losses
+            if loss is not None and not math.isfinite(loss)
+        ]
+        if future.leaks:
+            found.append(f"reads the future: {_leak_in_words(future)}")
         if self.iid.broken:
-            loss = self.iid.loss if self.iid.trained_loss is None else self.iid.trained_loss
+            lowest = min(loss for loss in losses if loss is not None and not math.isnan(loss))
             found.append(
-                f"beats the floor: loss {min(loss, self.iid.loss):.4f} on independent tokens, "
+                f"beats the floor: loss {lowest:.4f} on independent tokens, "
                 f"ln V = {self.iid.floor:.4f}"
             )
         if self.streaming is not None and self.streaming > self.future.tolerance * 10:
@@ -86,7 +98,8 @@ class Audit:
 
     def __repr__(self) -> str:
         future, iid = self.future, self.iid
-        where = f"yes, first at {future.first_leak}" if future.leaks else "no"
+        where = "yes" if future.leaks else "no"
+        where += f", first at {future.first_leak}" if future.leaks and future.first_leak else ""
         lines = [
             f"audit of {self.model}: {'passed' if self.passed else 'FAILED'}",
             f"  reads the future   {where} (largest influence {max(future.influence):.2g} over "
@@ -117,6 +130,7 @@ class Audit:
 
 
 @explained
+@observed
 def audit(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"] | None = None,
@@ -124,44 +138,53 @@ def audit(
     loss_mask: Bool[Tensor, "mask_batch mask_pos"] | None = None,
     length: int | None = None,
     floor_steps: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float | int | None = None,
     generator: torch.Generator | None = None,
 ) -> Audit:
     """Check a decoder for leaks and its accuracy for padding.
 
+    A model of one's own needs `config.n_ctx` and `config.d_vocab`, a forward pass from tokens to
+    logits [batch pos d_vocab], and a hook point `hook_embed` that its embedding passes. If forward
+    takes `state`, a dictionary that it fills and is given again with each next token, streaming is
+    checked; with `floor_steps` it must take `return_type="loss"`, and return the mean loss.
+
     Args:
-        model: the model, in any state of training
+        model: the model, in any state of training; it runs in eval mode
         tokens: what its accuracy is reported on; without them accuracy is not checked
         loss_mask: True where a token is real, not padding
         length: of the random sequences; default: as many as fit, at most 48
         floor_steps: also train a copy for so many steps on independent tokens; a leak that the
             model has not learned to use yet shows then (300 steps are enough for small models)
-        tolerance: largest change of a logit that rounding may cause
+        tolerance: largest change of a logit that rounding may cause; ten times as much from one run
+            to step by step. Default 1e-4, or the rounding of the largest logit in the precision of
+            the weights, if that is more (bfloat16, float16)
         generator: of the random tokens; default: seeded with 0, so that an audit repeats
 
     Returns:
         an `Audit`; its repr is a readable summary
+
+    Raises:
+        ValueError: for a model without what is said above, a length that does not fit, or tokens of
+            which none is a real target
     """
+    _check_model(model, floor_steps)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     length = min(48, model.config.n_ctx) if length is None else length
     if not 3 <= length <= model.config.n_ctx:
         raise ValueError(f"length must be in 3..n_ctx={model.config.n_ctx}, got {length}")
-    training = model.training
-    model.eval()
-    try:
-        random = iid_tokens(8, length, model.config.d_vocab, generator=generator)
-        return Audit(
-            f"{type(model).__name__} ({model.n_parameters:,} parameters)",
-            reads_future(model, random, tolerance=tolerance, generator=generator),
-            iid_floor(model, length, steps=floor_steps, generator=generator),
-            streaming_gap(model, random),
-            None if tokens is None else count_targets(model, tokens, loss_mask),
-        )
-    finally:
-        model.train(training)
+    random = iid_tokens(8, length, model.config.d_vocab, generator=generator)
+    rounding = _rounding(model, random)
+    tolerance = max(1e-4, rounding) if tolerance is None else tolerance
+    return Audit(
+        f"{type(model).__name__} ({model.n_parameters:,} parameters)",
+        reads_future(model, random, tolerance=tolerance, generator=generator),
+        iid_floor(model, length, steps=floor_steps, generator=generator),
+        streaming_gap(model, random),
+        None if tokens is None else count_targets(model, tokens, loss_mask),
+    )
 
 
-@torch.no_grad()
+@observed
 def count_targets(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -174,16 +197,62 @@ def count_targets(
             f"loss_mask {list(real.shape)} must have the shape of the tokens {list(tokens.shape)}"
         )
     targets, real = tokens[:, 1:], real[:, 1:]
-    hit = model(tokens)[:, :-1].argmax(-1) == targets
+    if not real.any():
+        raise ValueError(
+            f"tokens {list(tokens.shape)} and loss_mask leave no target: give sequences of at "
+            "least 2 tokens, with a real one after the first"
+        )
+    logits = model(tokens)[:, :-1]
+    hit = (logits.argmax(-1) == targets).double().masked_fill(logits.isnan().any(-1), torch.nan)
     everything = torch.bincount(targets.flatten(), minlength=model.config.d_vocab)
     counts = torch.bincount(targets[real], minlength=model.config.d_vocab).double()
     share = counts / counts.sum()
     return Targets(
         n_targets=int(real.sum()),
         pad_fraction=float((~real).double().mean()),
-        accuracy=float(hit[real].double().mean()),
-        accuracy_with_pads=float(hit.double().mean()),
+        accuracy=float(hit[real].mean()),
+        accuracy_with_pads=float(hit.mean()),
         constant=float(everything.max() / everything.sum()),
         unigram=float(share.max()),
         unigram_entropy=float(-(share * share.clamp_min(1e-300).log()).sum()),
+    )
+
+
+def _check_model(model: HookedModel, floor_steps: int) -> None:
+    """Raise unless `model` has what an audit asks of it."""
+    if floor_steps < 0:
+        raise ValueError(f"floor_steps must be at least 0, got {floor_steps}")
+    config = getattr(model, "config", None)
+    sizes = [
+        name for name in ("n_ctx", "d_vocab") if not isinstance(getattr(config, name, None), int)
+    ]
+    missing = [f"an int config.{size}" for size in sizes]
+    if not any(name.endswith("hook_embed") for name in model.hook_dict):
+        missing.append("a hook point hook_embed, which its embedding passes")
+    if floor_steps and not takes(model, return_type="loss"):
+        missing.append('forward(tokens, return_type="loss"), for floor_steps')
+    if missing:
+        raise ValueError(f"audit of this {type(model).__name__} needs {' and '.join(missing)}")
+
+
+def _rounding(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> float:
+    """How far the largest logit is from the next number in the precision of weights and logits."""
+    logits, expected = model(tokens), [*tokens.shape, model.config.d_vocab]
+    if not isinstance(logits, Tensor) or list(logits.shape) != expected:
+        raise ValueError(
+            f"audit of this {type(model).__name__} needs logits [batch pos d_vocab] = {expected} "
+            f"from forward(tokens), got {describe(logits)}"
+        )
+    kinds = {logits.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    largest = logits.abs().nan_to_num(nan=0, posinf=0).max()
+    return float(largest) * max(torch.finfo(kind).eps for kind in kinds)
+
+
+def _leak_in_words(future: FutureRead) -> str:
+    """How large a leak is, and where."""
+    if not max(future.influence) > future.tolerance:
+        return f"gradients from later embeddings are up to {future.jacobian:.2g}"
+    return (
+        f"later tokens change logits by up to {max(future.influence):.2g} "
+        f"(first at {future.first_leak or 'the logits'})"
     )

@@ -12,24 +12,38 @@ from jaxtyping import Int
 from torch import Tensor
 
 from smearlens._explain import explained
+from smearlens._hooks import HookedRootModule
 from smearlens.analysis.behaviour import induction_accuracy
-from smearlens.causal.ablate import BehaviourMetric, Effect, Hooks, measure_with, replace_with
-from smearlens.models.base import HookedModel
+from smearlens.causal.ablate import Effect
+from smearlens.causal.running import (
+    BehaviourMetric,
+    Hooks,
+    activations,
+    measure_with,
+    observed,
+    replace_with,
+)
 
 
 @explained
-def keep_lags(model: HookedModel, layer: str, keep: Sequence[int]) -> Hooks:
-    """Hooks that zero every tap of the convolution `layer` whose lag is not in `keep`."""
+def keep_lags(model: HookedRootModule, layer: str, keep: Sequence[int]) -> Hooks:
+    """Hooks that zero every tap of the convolution `layer` whose lag is not in `keep`.
+
+    Raises:
+        ValueError: if `layer` is no convolution, or has no tap of a lag in `keep`
+    """
     conv = model.mod_dict.get(layer)
     if conv is None or not hasattr(conv, "lags"):
         known = [name for name, module in model.mod_dict.items() if hasattr(module, "lags")]
         raise ValueError(f"layer={layer!r} is no convolution of this model; convolutions: {known}")
     lags: Sequence[int] = conv.lags  # pyrefly: ignore[bad-assignment]
+    if wrong := [lag for lag in keep if lag not in lags]:
+        raise ValueError(f"keep must be some of the lags of {layer!r}, {lags}, got {wrong} in it")
     mask = torch.tensor([lag in keep for lag in lags])
     return [(f"{layer}.hook_kernel", lambda kernel, hook: kernel * mask.to(kernel))]
 
 
-def present_only(model: HookedModel, block: str = "blocks.0") -> Hooks:
+def present_only(model: HookedRootModule, block: str = "blocks.0") -> Hooks:
     """Hooks that leave only lag 0 of every convolution and smearing in `block`."""
     hooks: Hooks = []
     for name in model.hook_dict:
@@ -48,10 +62,11 @@ def present_only(model: HookedModel, block: str = "blocks.0") -> Hooks:
 
 
 @explained
+@observed
 def role_without_lags(
-    model: HookedModel,
+    model: HookedRootModule,
     tokens: Int[Tensor, "batch pos"],
-    roles: Sequence[str],
+    roles: str | Sequence[str],
     *,
     block: str = "blocks.0",
     metric: BehaviourMetric = induction_accuracy,
@@ -78,37 +93,36 @@ def role_without_lags(
         "key smearing" is the claim that the effect of "k" alone is that of all; B is the key of a
         state-space layer
     """
-    points = _role_points(model, block, roles)
-    everything = _role_points(model, block, ())
-    with torch.no_grad():
-        _, now = model.run_with_cache(tokens, names_filter=everything)
-        with model.hooks(present_only(model, block)):
-            _, plain = model.run_with_cache(tokens, names_filter=points)
-    kept: Hooks = [(name, replace_with(now[name])) for name in everything if name not in points]
-    swapped: Hooks = [(point, replace_with(plain[point])) for point in points]
+    everything, points = _role_points(model, block, roles)
+    now = activations(model, tokens, everything)
+    with model.hooks(present_only(model, block)):
+        plain = activations(model, tokens, list(points.values()))
+    kept: Hooks = [(name, replace_with(now[name])) for name in everything if name not in plain]
+    swapped: Hooks = [(point, replace_with(value)) for point, value in plain.items()]
     controls = []
     for _ in range(n_controls):
         moved: Hooks = []
-        for point in points:
+        for point in points.values():
             size = (plain[point] - now[point]).norm(dim=-1, keepdim=True)
-            direction = torch.randn(now[point].shape, generator=generator)
+            direction = torch.randn(now[point].shape, generator=generator).to(now[point])
             direction = direction / direction.norm(dim=-1, keepdim=True)
             near = now[point] + size * direction
             moved.append((point, replace_with(near.abs() if point.endswith("delta") else near)))
         controls.append(measure_with(model, tokens, [*kept, *moved], metric))
     return Effect(
-        f"lags removed from {'+'.join(roles)}",
+        f"lags removed from {'+'.join(points)}",
         measure_with(model, tokens, [], metric),
         measure_with(model, tokens, [*kept, *swapped], metric),
         torch.stack(controls) if controls else None,
     )
 
 
+@observed
 def exchange_lags(
-    model: HookedModel,
+    model: HookedRootModule,
     tokens: Int[Tensor, "batch pos"],
     other: Int[Tensor, "other_batch other_pos"],
-    roles: Sequence[str],
+    roles: str | Sequence[str],
     *,
     block: str = "blocks.0",
 ) -> Hooks:
@@ -136,32 +150,29 @@ def exchange_lags(
     if other.shape != tokens.shape:
         raise ValueError(f"other {list(other.shape)} must be as tokens are, {list(tokens.shape)}")
     conv = f"{block}.conv"
-    points, everything = _role_points(model, block, roles), _role_points(model, block, ())
-    only_present = keep_lags(model, conv, [0])
-    outputs = []
-    with torch.no_grad():
-        _, now = model.run_with_cache(tokens, names_filter=everything)
-        _, full = model.run_with_cache(other, names_filter=f"{conv}.hook_out")
-        for run in (tokens, other):
-            with model.hooks(only_present):
-                _, present = model.run_with_cache(run, names_filter=f"{conv}.hook_out")
-            outputs.append(present[f"{conv}.hook_out"])
-        own, foreign = outputs
-        mixed = own + full[f"{conv}.hook_out"] - foreign
-        with model.hooks([(f"{conv}.hook_out", replace_with(mixed))]):
-            _, exchanged = model.run_with_cache(tokens, names_filter=points)
-    kept: Hooks = [(name, replace_with(now[name])) for name in everything if name not in points]
-    return [*kept, *((point, replace_with(exchanged[point])) for point in points)]
+    everything, points = _role_points(model, block, roles)
+    only_present, out = keep_lags(model, conv, [0]), f"{conv}.hook_out"
+    now = activations(model, tokens, everything)
+    full = activations(model, other, [out])[out]
+    with model.hooks(only_present):
+        own, foreign = (activations(model, run, [out])[out] for run in (tokens, other))
+    with model.hooks([(out, replace_with(own + full - foreign))]):
+        exchanged = activations(model, tokens, list(points.values()))
+    kept: Hooks = [(name, replace_with(now[name])) for name in everything if name not in exchanged]
+    return [*kept, *((point, replace_with(value)) for point, value in exchanged.items())]
 
 
-def _role_points(model: HookedModel, block: str, roles: Sequence[str]) -> list[str]:
-    """Hook names of the roles of a block's attention or state-space layer; all if none is named."""
+def _role_points(
+    model: HookedRootModule, block: str, roles: str | Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Hook names of all roles of a block's attention or state-space layer, and of the given."""
     attention = f"{block}.attn.hook_q" in model.hook_dict
     allowed, layer = (("q", "k", "v"), "attn") if attention else (("u", "B", "C", "delta"), "ssm")
-    wrong = [role for role in roles if role not in allowed]
-    if wrong or f"{block}.{layer}.hook_{allowed[0]}" not in model.hook_dict:
+    named = [roles] if isinstance(roles, str) and roles in allowed else list(roles)
+    points = {role: f"{block}.{layer}.hook_{role}" for role in allowed}
+    if not named or set(named) - set(allowed) or points[allowed[0]] not in model.hook_dict:
         raise ValueError(
             f"roles must be some of {', '.join(map(repr, allowed))} in {block!r} of this "
             f"{type(model).__name__}, got {roles!r}"
         )
-    return [f"{block}.{layer}.hook_{role}" for role in roles or allowed]
+    return list(points.values()), {role: points[role] for role in named}

@@ -6,6 +6,7 @@ Leaves out padding and baselines, and the summary of it all (`causal.audit`).
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from smearlens.analysis.behaviour import per_token_loss
+from smearlens.causal.running import observed
 from smearlens.data.synthetic import iid_tokens
 from smearlens.models.base import HookedModel
 
@@ -26,12 +28,15 @@ class FutureRead:
     """Whether tokens after position t change what the model says at or before t.
 
     Attributes:
-        influence: largest change of a logit at a position <= t, per cut t [cut]
+        influence: largest change of a logit at a position <= t, per cut t [cut]; infinite where one
+            of two logits is not finite, and what is NaN in both counts as equal
         cuts: the positions t
         jacobian: largest |∂ (w · logits[t]) / ∂ embedding[s]| over s > t at the cuts tried; w is a
             fixed random direction, since the logits of many models sum to a constant
         tolerance: what counts as a change
-        first_leak: the first hook, in the order of computation, that depends on later tokens
+        first_leak: the first hook, in the order of computation, that depends on later tokens; None
+            if no change of tokens shows a leak
+        finite: whether all logits were finite, and the gradient
     """
 
     influence: list[float]
@@ -39,11 +44,12 @@ class FutureRead:
     jacobian: float
     tolerance: float
     first_leak: str | None
+    finite: bool = True
 
     @property
     def leaks(self) -> bool:
-        """Whether any cut shows an influence above the tolerance."""
-        return max(self.influence) > self.tolerance or self.jacobian > self.tolerance
+        """Whether the influence at any cut, or the gradient, is above the tolerance."""
+        return any(size > self.tolerance for size in (*self.influence, self.jacobian))
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class IidFloor:
         return plain or self.trained_loss < floor - 3 * self.trained_error
 
 
-@torch.no_grad()
+@observed
 def reads_future(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -87,17 +93,31 @@ def reads_future(
     """Change all tokens after t, for every t, and look at what changes at or before t."""
     batch, length = tokens.shape
     logits = model(tokens)
-    influence, cuts = [], list(range(length - 1))
+    influence, cuts, finite = [], list(range(length - 1)), bool(logits.isfinite().all())
     other = iid_tokens(batch, length, model.config.d_vocab, generator=generator)
     for cut in cuts:
         changed = torch.cat((tokens[:, : cut + 1], other[:, cut + 1 :]), dim=1)
-        influence.append(float((model(changed)[:, : cut + 1] - logits[:, : cut + 1]).abs().max()))
+        said = model(changed)[:, : cut + 1]
+        influence.append(largest_change(said, logits[:, : cut + 1]))
+        finite = finite and bool(said.isfinite().all())
     worst = max(cuts, key=lambda cut: influence[cut])
     changed = torch.cat((tokens[:, : worst + 1], other[:, worst + 1 :]), dim=1)
-    first = _first_leak(model, tokens, changed, worst) if influence[worst] > tolerance else None
-    return FutureRead(influence, cuts, _jacobian(model, tokens), tolerance, first)
+    leaks, first = influence[worst] > tolerance, None
+    if leaks:
+        first = _first_leak(model, tokens, changed, worst, tolerance / 100)
+    jacobian = _jacobian(model, tokens)
+    finite = finite and math.isfinite(jacobian)
+    return FutureRead(influence, cuts, jacobian, tolerance, first, finite)
 
 
+def largest_change(one: Tensor, other: Tensor) -> float:
+    """Largest |one - other|: no change where both are NaN or infinite alike, else an infinite."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    change = (one - other).abs()
+    return float(change.masked_fill(change.isnan(), torch.inf).masked_fill(same, 0).max())
+
+
+@observed
 def iid_floor(
     model: HookedModel, length: int, *, steps: int = 0, generator: torch.Generator
 ) -> IidFloor:
@@ -112,13 +132,16 @@ def iid_floor(
     for _ in range(steps):
         tokens = iid_tokens(32, length, d_vocab, generator=generator)
         optimizer.zero_grad()
-        trained(tokens, return_type="loss").backward()
+        with torch.enable_grad():
+            trained(tokens, return_type="loss").backward()
         optimizer.step()
     after = _iid_loss(trained.eval(), length, generator)
     return IidFloor(math.log(d_vocab), loss, error, *after, steps)
 
 
-def _first_leak(model: HookedModel, tokens: Tensor, changed: Tensor, cut: int) -> str | None:
+def _first_leak(
+    model: HookedModel, tokens: Tensor, changed: Tensor, cut: int, rounding: float
+) -> str | None:
     """The first hook whose activation at queries <= cut differs between the two inputs."""
     _, one = model.run_with_cache(tokens)
     _, other = model.run_with_cache(changed)
@@ -131,7 +154,7 @@ def _first_leak(model: HookedModel, tokens: Tensor, changed: Tensor, cut: int) -
         a, b = (t.narrow(axis, 0, cut + 1) for t in (a, b))
         if axis == 2:  # keys after the cut belong to changed tokens even in a causal layer
             a, b = a.tril(), b.tril()
-        if float((a - b).nan_to_num().abs().max()) > 1e-6:  # -inf in both is no change
+        if largest_change(a, b) > rounding:
             return name
     return None
 
@@ -148,23 +171,44 @@ def _jacobian(model: HookedModel, tokens: Tensor) -> float:
     with torch.enable_grad():
         embed = [name for name in model.hook_dict if name.endswith("hook_embed")][-1]  # decoder's
         logits = model.run_with_hooks(tokens[:2], fwd_hooks=[(embed, leaf)])
+        if not kept:
+            raise ValueError(f"the embedding of this {type(model).__name__} must pass {embed!r}")
+        if not logits.requires_grad:
+            return 0.0
         direction = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0))
-        mixed, largest = logits @ direction.to(logits), 0.0
+        mixed, largest = logits @ direction.to(logits), []
         for cut in sorted({0, length // 4, length // 2, length - 2}):
-            (grad,) = torch.autograd.grad(mixed[:, cut].sum(), kept, retain_graph=True)
-            largest = max(largest, float(grad[:, cut + 1 :].abs().max()))
-    return largest
+            (grad,) = torch.autograd.grad(
+                mixed[:, cut].sum(), kept, retain_graph=True, materialize_grads=True
+            )
+            largest.append(grad[:, cut + 1 :].abs().max())
+    return float(torch.stack(largest).max())  # NaN if any is
 
 
+def takes(model: HookedModel, **options: Any) -> bool:
+    """Whether the forward pass of `model` knows these arguments beside the tokens."""
+    try:
+        inspect.signature(model.forward).bind(None, **options)
+    except TypeError:
+        return False
+    return True
+
+
+@observed
 def streaming_gap(model: HookedModel, tokens: Tensor) -> float | None:
-    """Largest difference between logits token by token and in one run; None if impossible."""
+    """Largest difference between logits token by token and in one run; None if impossible.
+
+    Impossible: `forward` takes no `state`, puts nothing into it, or raises a ValueError, as layers
+    do that read ahead.
+    """
     state: dict[str, Tensor] = {}
-    with torch.no_grad():
-        try:
-            pieces = [model(tokens[:, i : i + 1], state=state) for i in range(tokens.shape[1])]
-        except ValueError:
-            return None
-        return float((torch.cat(pieces, dim=1) - model(tokens)).abs().max())
+    if not takes(model, state=state):
+        return None
+    try:
+        pieces = [model(tokens[:, i : i + 1], state=state) for i in range(tokens.shape[1])]
+    except ValueError:
+        return None
+    return largest_change(torch.cat(pieces, dim=1), model(tokens)) if state else None
 
 
 @torch.no_grad()

@@ -14,16 +14,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smearlens._explain import explained
-from smearlens.causal.ablate import BehaviourMetric, Hooks
+from smearlens._hooks import HookedRootModule
 from smearlens.causal.patch import Recovery
-from smearlens.models.base import HookedModel
+from smearlens.causal.running import BehaviourMetric, Hooks, activations, observed, scored
 
 Layers = str | Sequence[str] | None
 
 
 @explained
+@observed
 def state_patch(
-    model: HookedModel,
+    model: HookedRootModule,
     clean: Int[Tensor, "batch pos"],
     corrupt: Int[Tensor, "other_batch other_pos"],
     layers: Layers = None,
@@ -56,35 +57,36 @@ def state_patch(
 
     Returns:
         the metric of the clean, corrupt and patched run, and of one patched with the states of
-        another clean example
+        another clean example (NaN with a single one)
 
     Raises:
-        ValueError: for layers, positions or channels that the model or the tokens do not have
+        ValueError: for layers, positions or channels that the model or the tokens do not have, or a
+            metric that returns anything but one number per example
     """
     if len(clean) != len(corrupt):
         raise ValueError(f"clean and corrupt differ in number: {len(clean)}, {len(corrupt)}")
     donor = _positions("donor", donor, *clean.shape)
     recipient = _positions("recipient", donor if recipient is None else recipient, *corrupt.shape)
     states = read_states(model, clean, donor, layers)
-    others = {layer: state.roll(1, 0) for layer, state in states.items()}
 
     def run(moved: Mapping[str, Tensor] | None) -> Tensor:
         hooks: Hooks = []
         if moved is not None:
             hooks = set_states(model, moved, recipient, channels=channels, propagate=propagate)
-        with torch.no_grad():
-            logits = model.run_with_hooks(corrupt, fwd_hooks=hooks)
-        return metric(_shifted(logits, donor - recipient, clean.shape[1]), clean)
+        logits = model.run_with_hooks(corrupt, fwd_hooks=hooks)
+        return scored(metric, _shifted(logits, donor - recipient, clean.shape[1]), clean)
 
-    with torch.no_grad():
-        whole = metric(model(clean), clean)
+    whole = scored(metric, model(clean), clean)
     name = f"states of {', '.join(states)}, {'propagating' if propagate else 'read-out only'}"
-    return Recovery(name, whole, run(None), run(states), run(others))
+    others = {layer: state.roll(1, 0) for layer, state in states.items()}
+    found = whole, run(None), run(states)
+    return Recovery(name, *found, run(others) if len(clean) > 1 else torch.full((1,), torch.nan))
 
 
 @explained
+@observed
 def read_states(
-    model: HookedModel,
+    model: HookedRootModule,
     tokens: Int[Tensor, "batch pos"],
     position: int | Int[Tensor, " batch"],
     layers: Layers = None,
@@ -97,14 +99,13 @@ def read_states(
         found[hook.name.removesuffix(".hook_state")] = state[torch.arange(len(state)), index]
 
     names = [f"{layer}.hook_state" for layer in _layers(model, layers, "hook_state")]
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(name, read) for name in names])
+    model.run_with_hooks(tokens, fwd_hooks=[(name, read) for name in names])
     return found
 
 
 @explained
 def set_states(
-    model: HookedModel,
+    model: HookedRootModule,
     states: Mapping[str, Float[Tensor, "batch channel d_state"]],
     position: int | Int[Tensor, " batch"],
     *,
@@ -156,7 +157,7 @@ def set_states(
 
 @explained
 def hold_states(
-    model: HookedModel, start: int | Int[Tensor, " batch"], layers: Layers = None
+    model: HookedRootModule, start: int | Int[Tensor, " batch"], layers: Layers = None
 ) -> Hooks:
     """Hooks that set Δ = 0 from position `start` on: no later token is written, none decays.
 
@@ -171,8 +172,9 @@ def hold_states(
 
 
 @explained
+@observed
 def freeze_delta(
-    model: HookedModel,
+    model: HookedRootModule,
     tokens: Int[Tensor, "batch pos"],
     layers: Layers = None,
     *,
@@ -192,8 +194,7 @@ def freeze_delta(
         raise ValueError(f"mask {list(counted.shape)} must be as tokens are, {list(tokens.shape)}")
     if not counted.any():
         raise ValueError("mask keeps no position; the mean of delta is undefined")
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=names)
+    cache = activations(model, tokens, names)
 
     def freeze(mean: Tensor) -> Callable:
         return lambda delta, hook: mean.expand_as(delta)
@@ -203,7 +204,7 @@ def freeze_delta(
 
 @explained
 def cut_convolution(
-    model: HookedModel,
+    model: HookedRootModule,
     position: int | Int[Tensor, " batch"],
     layers: Layers = None,
     *,
@@ -255,7 +256,7 @@ def _cut(layer: str, conv: torch.nn.Module, position: int | Tensor, hidden: int)
     ]
 
 
-def _layers(model: HookedModel, layers: Layers, point: str) -> list[str]:
+def _layers(model: HookedRootModule, layers: Layers, point: str) -> list[str]:
     """Names of layers that have the hook `point`: those given, or all."""
     known = [n.rpartition(".")[0] for n in model.hook_dict if n.rpartition(".")[2] == point]
     wanted = known if layers is None else [layers] if isinstance(layers, str) else list(layers)
