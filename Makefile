@@ -49,7 +49,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 mutation: .venv/installed
-	$(TORCH_THREADS) $(BIN)/python benchmarks/mutation.py --sample 300 --seed 2 --name fresh
+	$(TORCH_THREADS) $(BIN)/python benchmarks/mutation.py --sample 300 --seed 8
 
 stress: .venv/installed
 	$(TORCH_THREADS) $(BIN)/python benchmarks/stress.py
