@@ -23,6 +23,7 @@ from smearlens.analysis.mixing.state_space import require_weights
 from smearlens.analysis.patterns import entropies
 
 LOG2 = 0.6931471805599453
+NO_DIRECTION = 1e-10  # squared length: below it a centred pattern, a uniform one, is rounding
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,9 @@ def _compare(
 
 def _cosine(cross: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """NaN where either is nothing but rounding: a uniform layer, centred, has no direction."""
-    return torch.where(torch.minimum(one, other) > 1e-10, cross / (one * other).sqrt(), torch.nan)
+    return torch.where(
+        torch.minimum(one, other) > NO_DIRECTION, cross / (one * other).sqrt(), torch.nan
+    )
 
 
 def _js_sums(p: Tensor, q: Tensor, several: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smearlens.analysis.mixing import streaming
 from smearlens.analysis.mixing.kinds import SoftmaxMixing
-from smearlens.analysis.similarity import LOG2
+from smearlens.analysis.similarity import LOG2, NO_DIRECTION
 
 ENTRIES = 2**22  # of the patterns of all layers and heads that exist at a time
 
@@ -236,8 +236,9 @@ def _centred(x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
 
 
 def _cosine(inner: Float[Tensor, "batch one one"]) -> Float[Tensor, "batch one one"]:
-    """Inner products over the lengths of both."""
-    length = inner.diagonal(dim1=1, dim2=2).sqrt()
+    """Inner products over the lengths of both; NaN where one is nothing but rounding."""
+    squares = inner.diagonal(dim1=1, dim2=2)
+    length = torch.where(squares > NO_DIRECTION, squares, torch.nan).sqrt()
     return inner / length[:, :, None] / length[:, None]
 
 
