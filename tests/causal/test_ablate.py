@@ -13,7 +13,7 @@ from smearlens import (
     MambaConfig,
     repeated_tokens,
 )
-from smearlens.causal.ablate import Component, Effect, ablate, measure_with
+from smearlens.causal.ablate import Component, Effect, _remover, ablate, measure_with
 from smearlens.causal.lags import exchange_lags, keep_lags, present_only, role_without_lags
 from smearlens.nn.scan import selective_scan
 
@@ -129,6 +129,71 @@ def test_a_reference_must_fit(model, tokens, generator, how, point, batch, lengt
     with pytest.raises(ValueError, match=message) as caught:
         ablate(model, tokens, name, **given)
     assert ("no fewer than there are in tokens" in str(caught.value)) is (how == "resample")
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_nobody_is_resampled_by_itself(model, generator, count):
+    """With the first token as metric, what comes of its own activation is the clean run."""
+    tokens = torch.randperm(13, generator=generator)[:count, None].repeat(1, 5)
+    for seed in range(5):
+        effect = ablate(
+            model, tokens, "blocks.0.hook_resid_post", how="resample", metric=last_logit,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        assert bool((effect.changed != effect.clean).all())
+        assert effect.changed.sort().values.tolist() == effect.clean.sort().values.tolist()
+
+
+def test_one_example_has_no_other(model, tokens, generator):
+    with pytest.raises(ValueError, match="the activation of another example, got 1 in all"):
+        ablate(model, tokens[:1], "blocks.0.attn.hook_z", how="resample", generator=generator)
+
+
+SCORES = "blocks.0.attn.hook_attn_scores"
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "mean_by_position", "resample"])
+@pytest.mark.parametrize("heads", [None, (1,)])
+def test_a_hidden_key_stays_hidden(model, tokens, generator, how, heads):
+    seen, future = [], torch.ones(11, 11, dtype=torch.bool).triu(1)
+
+    def look(model, tokens, hooks):
+        hooks = [*hooks, ("blocks.0.attn.hook_pattern", lambda p, hook: seen.append(p))]
+        return model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+    _, cache = model.run_with_cache(tokens)
+    remove = ablate_hook(model, tokens, Component(SCORES, heads), how, generator)
+    look(model, tokens, [(SCORES, remove)])
+    assert bool((seen[0][..., future] == 0).all())
+    assert bool(seen[0].isfinite().all())
+    changed = (seen[0] != cache["blocks.0.attn.hook_pattern"]).flatten(2).any(-1).all(0)
+    assert changed.tolist() == [heads is None or head in heads for head in range(3)]
+
+
+def ablate_hook(model, tokens, component, how, generator):
+    """The hook that `ablate` attaches."""
+    stored = model.run_with_cache(tokens)[1][component.name]
+    return _remover(component, how, stored, torch.tensor([6, 0, 1, 2, 3, 4, 5]))
+
+
+def test_a_mean_of_scores_is_over_the_examples_that_show_the_key(model, tokens, generator):
+    """Of keys that some examples hide, as padding does; what hides here stays hidden here."""
+    hide = torch.zeros(7, 1, 1, 11, dtype=torch.bool)
+    hide[:3, ..., 0], hide[:, ..., 4] = True, True
+    hide[2, ..., 4] = False
+
+    def pads(scores, hook):
+        return scores.masked_fill(hide[: len(scores)], -torch.inf)
+
+    model.add_hook(SCORES, pads)
+    stored = model.run_with_cache(tokens)[1][SCORES]
+    seen = []
+    hooks = [(SCORES, _remover(Component(SCORES), "mean", stored, torch.arange(7))),
+             (SCORES, lambda scores, hook: seen.append(scores))]  # fmt: skip
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    torch.testing.assert_close(seen[0][5, :, 3, 0], stored[3:, :, 3, 0].mean(0))
+    torch.testing.assert_close(seen[0][2, :, 6, 4], stored[2, :, 6, 4])
+    assert torch.equal(seen[0].isneginf(), stored.isneginf())
 
 
 def test_half_of_the_units_have_the_other_half_as_control(tokens, generator):
@@ -338,6 +403,14 @@ def test_an_effect_knows_its_interval():
         (
             lambda m, t, g: role_without_lags(m, t, "x", generator=g),
             r"roles must be some of 'q', 'k', 'v'",
+        ),
+        (
+            lambda m, t, g: role_without_lags(m, t, [], generator=g),
+            r"roles must be some of 'q', 'k', 'v' in 'blocks.0' of this ConvAttn, got \[\]",
+        ),
+        (
+            lambda m, t, g: keep_lags(m, "blocks.0.conv", [2, 7]),
+            r"keep must be some of the lags of 'blocks.0.conv', \[0, 1, 2, 3\], got \[7\] in it",
         ),
         (
             lambda m, t, g: exchange_lags(m, t, t[:3], "k"),

@@ -5,7 +5,7 @@ import torch
 
 from smearlens import AttnAttn, AttnAttnConfig, repeated_tokens
 from smearlens.causal.ablate import Component
-from smearlens.causal.patch import attribution, patch_activation, patch_path
+from smearlens.causal.patch import Recovery, attribution, patch_activation, patch_path
 
 SIZES = {"d_vocab": 13, "d_model": 12, "n_heads": 3, "n_ctx": 17, "n_layers": 2}
 
@@ -112,6 +112,86 @@ def test_attribution_is_exact_where_the_model_is_linear(setting):
     frozen = model.requires_grad_(False)
     again = attribution(frozen, clean, corrupt, [name], metric=target_logit)[name]
     torch.testing.assert_close(again, estimate)
+
+
+def test_what_does_not_reach_the_metric_has_no_attribution(setting):
+    model, clean, corrupt = setting
+    name = "blocks.1.attn.hook_pattern"
+    found = attribution(
+        model, clean, corrupt, name, metric=lambda logits, tokens: logits[:, 0, 0]
+    )  # at position 0 there is nothing to choose from
+    torch.testing.assert_close(found[name], torch.zeros(19), atol=1e-6, rtol=0)
+    weight = torch.randn(13, requires_grad=True)
+    found = attribution(model, clean, corrupt, name, metric=lambda _, tokens: weight[tokens[:, 0]])
+    assert found[name].tolist() == [0] * 19
+
+
+def test_one_name_is_as_good_as_a_list(setting):
+    model, clean, corrupt = setting
+    name = "blocks.1.attn.hook_k"
+    one = attribution(model, clean, corrupt, name, metric=target_logit)
+    assert one[name].tolist() == (
+        attribution(model, clean, corrupt, [name], metric=target_logit)[name].tolist()
+    )
+    with pytest.raises(ValueError, match=r"names must hold at least one hook, got \[\]"):
+        attribution(model, clean, corrupt, [], metric=target_logit)
+
+
+def recovered(clean, corrupt, patched):
+    runs = (torch.tensor(run, dtype=torch.float64) for run in (clean, corrupt, patched, corrupt))
+    return Recovery("x", *runs)
+
+
+def test_the_interval_of_a_loss_is_in_order():
+    """A loss falls where an accuracy rises: the same recovery, the same interval."""
+    rising = recovered([5.0, 4, 6, 5], [1.0, 2, 1, 0], [3.0, 2.5, 4, 3])
+    falling = recovered([-5.0, -4, -6, -5], [-1.0, -2, -1, 0], [-3.0, -2.5, -4, -3])
+    assert rising.recovered == falling.recovered
+    low, high = falling.interval()
+    assert low < falling.recovered < high
+    assert rising.interval() == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (recovered([4.5], [1.25], [3.0]), "a single pair shows no spread: give at least 2 (clean "
+         "4.500, corrupt 1.250, patched 3.000)"),
+        (recovered([4.0, 1], [3.0, 1], [3.0, 1]), "clean and corrupt differ by no more than twice "
+         "the standard error (clean 2.500, corrupt 2.000, patched 2.000)"),
+        (recovered([4.0, float("nan"), 1], [3.0, 1, 1], [3.0, 1, 1]), "the metric is not finite "
+         "for 1 of 3 pairs (clean nan, corrupt 1.667, patched 1.667)"),
+    ],
+)  # fmt: skip
+def test_why_nothing_is_recovered(found, reason):
+    assert repr(found) == f"x: recovered nan, since {reason}"
+
+
+def test_a_single_pair_has_no_other_example(setting):
+    model, clean, corrupt = setting
+    call = {"metric": target_logit}
+    one, two = "blocks.0.hook_attn_out", "blocks.1.attn.hook_k"
+    for found in (
+        patch_activation(model, clean[:1], corrupt[:1], one, **call),
+        patch_path(model, clean[:1], corrupt[:1], one, two, **call),
+    ):
+        assert found.control.isnan().tolist() == [True]
+        assert bool(found.patched.isfinite())
+        assert "since a single pair shows no spread" in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [
+        ("blocks.0.attn.hook_z", "blocks.0.attn.hook_k"),
+        ("blocks.1.attn.hook_k", "blocks.0.hook_attn_out"),
+        ("hook_embed", "hook_embed"),
+    ],
+)
+def test_a_path_leads_forward(setting, sender, receiver):
+    message = f"no path: sender '{sender}' must be computed before receiver '{receiver}'"
+    with pytest.raises(ValueError, match=message):
+        patch_path(*setting, sender, receiver, metric=target_logit)
 
 
 @pytest.mark.parametrize(

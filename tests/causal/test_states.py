@@ -102,6 +102,13 @@ def test_the_control_of_a_patch_is_the_state_of_the_example_before():
     torch.testing.assert_close(found.control, logits[:, -1].square().sum(-1))
 
 
+def test_a_single_pair_has_no_other_state():
+    model, (clean, corrupt) = mamba(), pair()
+    found = state_patch(model, clean[:1], corrupt[:1], donor=4, recipient=6, metric=squares)
+    assert found.control.isnan().tolist() == [True]
+    assert bool(found.patched.isfinite())
+
+
 @pytest.mark.parametrize("propagate", [True, False])
 def test_a_patch_propagates_or_only_reads_out(propagate):
     model, (clean, corrupt) = mamba(), pair()

@@ -42,7 +42,7 @@ class FutureRead:
     influence: list[float]
     cuts: list[int]
     jacobian: float
-    tolerance: float
+    tolerance: float | int
     first_leak: str | None
     finite: bool = True
 
@@ -87,7 +87,7 @@ def reads_future(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
     *,
-    tolerance: float = 1e-4,
+    tolerance: float | int = 1e-4,
     generator: torch.Generator,
 ) -> FutureRead:
     """Change all tokens after t, for every t, and look at what changes at or before t."""
