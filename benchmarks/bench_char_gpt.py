@@ -10,11 +10,12 @@ that of the streamed loss is the plain one, that of tracking a number of trainin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peers import gpt2, recomputed, stepper
-from timing import Row, compare, report
+from timing import ERROR, Row, compare, report, row
 from torch import Tensor
 
 from smearlens.data.synthetic import repeated_tokens
@@ -42,6 +43,29 @@ def step_rows() -> Iterator[Row]:
         shape = (*tokens.shape, config.d_model, config.n_layers)
         title = f"training step / GPT2LMHeadModel, {name}"
         yield compare(title, shape, ours, theirs, bar, rounds=9, budget=40.0, why=STEP_WHY)
+
+
+def product_rows() -> Iterator[Row]:
+    """What torch's other library for products of matrices makes of a step, in time and digits."""
+    model = CharGPT.from_preset("shakespeare", dropout=0.0)
+    tokens = torch.randint(model.config.d_vocab, (BATCH, model.config.n_ctx))
+    step = stepper(model, lambda: model(tokens, return_type="loss"))
+
+    def medium(run: Callable[[], Any]) -> Any:
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return run()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    shape = (*tokens.shape, model.config.d_model, model.config.n_layers)
+    name = "training step, matmul precision medium / highest"
+    yield compare(name, shape, lambda: medium(step), step, None, rounds=5, budget=20.0)
+    with torch.no_grad():
+        exact, other = model(tokens), medium(lambda: model(tokens))
+    apart = float((other - exact).abs().max() / exact.abs().max())
+    name = "largest relative difference of logits, matmul precision medium and highest"
+    yield row(name, shape, apart, None, unit=ERROR)
 
 
 def generation_rows() -> Iterator[Row]:
@@ -106,6 +130,7 @@ def main() -> list[Row]:
 
     def rows() -> Iterator[Row]:
         yield from step_rows()
+        yield from product_rows()
         yield from generation_rows()
         yield from loss_rows()
         yield from tracking_rows()
