@@ -122,9 +122,10 @@ logits, cache = model.run_with_cache(tokens)
 print(induction_score(cache, tokens))
 
 # %% [markdown]
-# `ablate`, `patch_activation` and `audit` take models that derive from `HookedModel`; with a plain
-# `HookedRootModule` a hook does the same in one line. Give the keys the present token, and the
-# induction head becomes a duplicate-token head (short of 1, since each query finds itself as well):
+# `ablate` and `patch_activation` run on this model as on ours (`audit` takes a `HookedModel`, whose
+# configuration says which tokens it reads). What they have no name for is a hook of one line. Give
+# the keys the present token, and the induction head becomes a duplicate-token head (short of 1,
+# since each query finds itself as well):
 
 
 # %%

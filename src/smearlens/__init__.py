@@ -39,7 +39,8 @@ _HOMES = {
     "smearlens.models.files": ("ModelFileError",),
     "smearlens.nn.attention": ("Attention",),
     "smearlens.causal.audit": ("Audit", "audit"),
-    "smearlens.causal.ablate": ("Component", "ablate"),
+    "smearlens.causal.ablate": ("ablate",),
+    "smearlens.causal.component": ("Component",),
     "smearlens.causal.lags": ("keep_lags", "role_without_lags"),
     "smearlens.causal.patch": ("attribution", "patch_activation", "patch_path"),
     "smearlens.causal.states": (
