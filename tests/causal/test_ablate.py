@@ -144,9 +144,16 @@ def test_nobody_is_resampled_by_itself(model, generator, count):
         assert effect.changed.sort().values.tolist() == effect.clean.sort().values.tolist()
 
 
-def test_one_example_has_no_other(model, tokens, generator):
-    with pytest.raises(ValueError, match="the activation of another example, got 1 in all"):
-        ablate(model, tokens[:1], "blocks.0.attn.hook_z", how="resample", generator=generator)
+@pytest.mark.parametrize(
+    ("how", "point"),
+    [("resample", "hook_z"), ("mean_by_position", "hook_z"), ("mean", "hook_pattern")],
+)
+def test_one_example_has_no_other(model, tokens, generator, how, point):
+    name = f"blocks.0.attn.{point}"
+    message = f"how='{how}' of {name} takes from other examples, got 1 in all; pass more tokens"
+    with pytest.raises(ValueError, match=message):
+        ablate(model, tokens[:1], name, how=how, generator=generator)
+    ablate(model, tokens[:1], "blocks.0.attn.hook_z", how="mean", generator=generator)
 
 
 SCORES = "blocks.0.attn.hook_attn_scores"
@@ -194,6 +201,9 @@ def test_a_mean_of_scores_is_over_the_examples_that_show_the_key(model, tokens, 
     torch.testing.assert_close(seen[0][5, :, 3, 0], stored[3:, :, 3, 0].mean(0))
     torch.testing.assert_close(seen[0][2, :, 6, 4], stored[2, :, 6, 4])
     assert torch.equal(seen[0].isneginf(), stored.isneginf())
+    away = stored.index_fill(-1, torch.tensor([1]), -torch.inf)  # nowhere is key 1 to be seen
+    new = _remover(Component(SCORES), "mean", away, torch.arange(7))(stored, None)
+    assert torch.equal(new[..., 1], stored[..., 1])
 
 
 def test_half_of_the_units_have_the_other_half_as_control(tokens, generator):

@@ -87,6 +87,26 @@ def test_a_number_that_is_lost_with_later_tokens_is_a_leak():
     assert not found.finite
 
 
+def test_a_number_that_later_tokens_alone_destroy_is_found():
+    """The tokens themselves give finite logits, and so do some of the others."""
+    model = conv()
+    rare = model.embed.weight[12]
+
+    def poison(x, hook):
+        x = x.clone()
+        x[(x == rare).all(-1).any(1), 0] = torch.nan
+        return x
+
+    model.add_hook("hook_embed", poison)
+    tokens = iid_tokens(3, 9, 12, generator=seeded(1))  # without token 12
+    with torch.no_grad():
+        assert model(tokens).isfinite().all()
+    found = reads_future(model, tokens, generator=seeded(2))
+    assert math.isfinite(found.jacobian)
+    assert found.leaks
+    assert not found.finite
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_leak_is_one_in_whatever_order_it_comes(order):
     influence = [math.nan, 0.5, 0.0][::order]
@@ -100,6 +120,13 @@ def test_a_gradient_that_is_not_finite_is_found():
     found = reads_future(model, iid_tokens(3, 9, 13, generator=seeded(1)), generator=seeded(2))
     assert math.isnan(found.jacobian)
     assert not found.finite
+
+
+def test_tokens_are_changed_even_if_the_generator_draws_them_again():
+    tokens = iid_tokens(3, 9, 13, generator=seeded(1))
+    found = reads_future(conv(causal=False), tokens, generator=seeded(1))
+    assert min(found.influence) > 1e-4
+    assert found.first_leak == "blocks.0.conv.hook_out"
 
 
 def judged(future=None, iid=None, targets=None, streaming=0.0):
@@ -303,6 +330,28 @@ def test_an_embedding_must_pass_its_hook():
         audit(Silent(n_ctx=9, d_vocab=13))
     with pytest.raises(ValueError, match="needs a hook point hook_embed, which its embedding"):
         audit(Nameless())
+
+
+def test_a_model_without_any_config_is_told_what_it_lacks():
+    model = Bigram()
+    del model.config
+    with pytest.raises(ValueError, match=r"^audit of this Bigram needs an int config\.n_ctx and"):
+        audit(model)
+
+
+def test_a_model_that_learns_without_reading_has_no_slope():
+    class Prior(Bigram):
+        def __init__(self):
+            super().__init__(n_ctx=9, d_vocab=13)
+            self.prior = nn.Parameter(torch.zeros(13))
+
+        def forward(self, tokens):
+            super().forward(tokens)
+            return self.prior.expand(*tokens.shape, -1)
+
+    report = audit(Prior())
+    assert report.future.jacobian == 0
+    assert report.passed
 
 
 def test_a_model_that_reads_nothing_has_no_slope():

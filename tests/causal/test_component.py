@@ -81,6 +81,13 @@ def test_units_of_one_s_own_hook_need_an_axis():
     torch.testing.assert_close(mean.changed, plain.mean(0).sum().expand(2))
 
 
+def test_an_axis_is_a_number():
+    with pytest.raises(TypeError, match="axis must be an int or None, got 'head'"):
+        Component("my_pattern", (0,), "head")  # pyrefly: ignore
+    with pytest.raises(TypeError, match="Component: name must be str, got 3"):
+        Component(3)  # pyrefly: ignore
+
+
 def test_what_depends_on_the_axes_of_one_s_own_hook_asks_for_them():
     own, tokens = Own(), torch.tensor([[4, 1, 2, 5], [3, 0, 2, 2]])
     with pytest.raises(ValueError, match=r"^the mean of 'my_pattern': no layer"):
@@ -102,6 +109,24 @@ def test_a_patch_of_units_that_do_not_exist_is_refused():
     own, tokens = Own(), torch.tensor([[4, 1, 2, 5], [3, 0, 2, 2]])
     with pytest.raises(ValueError, match=r"units \[3\] of my_pattern: allowed are 0\.\.2"):
         patch_activation(own, tokens, tokens, Component("my_pattern", (1, 3), 1), metric=total)
+
+
+def test_one_number_per_example_has_examples_and_one_for_all_has_none():
+    class Sums(Own):
+        def __init__(self):
+            super().__init__()
+            self.my_sum, self.my_scale = HookPoint(), HookPoint()
+            self.setup()
+
+        def forward(self, tokens):
+            scale = self.my_scale(torch.tensor(2.0))
+            return self.my_sum(super().forward(tokens).sum((1, 2, 3)))[:, None] * scale
+
+    own, tokens = Sums(), torch.tensor([[4, 1, 2, 5], [3, 0, 2, 2]])
+    found = patch_activation(own, tokens, tokens.flip(0), "my_sum", metric=total)
+    torch.testing.assert_close(found.patched, own(tokens)[:, 0])
+    with pytest.raises(ValueError, match=r"a patch needs an activation of each.*my_scale \[\]"):
+        patch_activation(own, tokens, tokens, "my_scale", metric=total)
 
 
 def test_units_of_a_kernel_are_taps_and_of_smearing_heads():

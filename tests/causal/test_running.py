@@ -86,6 +86,25 @@ CALLS = {  # what each says of a model, as something that can be compared
 }
 
 
+HALF = {"ablate", "role_without_lags", "exchange_lags", "patch_activation", "patch_path",
+        "attribution", "state_patch", "read_states", "freeze_delta", "audit"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(HALF))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_enough(name, dtype):
+    CALLS[name]({key: model.to(dtype) for key, model in models().items()})
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "mean_by_position", "resample"])
+def test_ablations_in_half_precision_are_those_in_single(how):
+    m, half = models()["conv"], models()["conv"].bfloat16()
+    name, given = "blocks.0.attn.hook_attn_scores", {"how": how, "metric": induction_loss}
+    found = ablate(half, clean(), name, **given, generator=seeded())
+    expected = ablate(m, clean(), name, **given, generator=seeded())
+    torch.testing.assert_close(found.changed, expected.changed, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_dropout_is_off_and_then_as_it_was_in_every_module(name):
     found, expected = models(), models()

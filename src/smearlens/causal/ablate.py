@@ -110,8 +110,8 @@ def ablate(
 
     Raises:
         ValueError: for a `how`, a hook or units that do not exist, a reference that does not fit,
-            weights (such as `hook_kernel`) to be averaged or resampled, resampling of one example,
-            or a metric that returns anything but one number per example
+            weights (such as `hook_kernel`) to be averaged or resampled, a single example that would
+            get its own activation, or a metric that returns anything but one number per example
 
     Source:
         Olsson et al. 2022 for pattern-preserving ablation
@@ -156,10 +156,10 @@ def _check_reference(
             f"how={how!r} of {component.name} needs sequences of the same length"
             + (", no fewer than there are in tokens" if how == "resample" else "")
         )
-    if how == "resample" and len(reference) < 2:
+    if len(reference) < 2 and (how == "resample" or (placed and reference is tokens)):
         raise ValueError(
-            f"how='resample' takes the activation of another example, got {len(reference)} in all; "
-            "pass more tokens, or more in reference="
+            f"how={how!r} of {component.name} takes from other examples, got {len(reference)} in "
+            "all; pass more tokens, or more in reference="
         )
 
 

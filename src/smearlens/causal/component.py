@@ -52,6 +52,8 @@ class Component:
         some = isinstance(self.units, (tuple, list)) and len(self.units) > 0
         if self.units is not None and not (some and all(isinstance(u, int) for u in self.units)):
             raise ValueError(f"units must be some indices, or None for all, got {self.units!r}")
+        if not isinstance(self.axis, int | None):
+            raise TypeError(f"axis must be an int or None, got {self.axis!r}")
         if self.axis is None:
             object.__setattr__(self, "axis", AXES.get(self.point))
         if self.units is not None:

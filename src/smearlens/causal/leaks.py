@@ -95,6 +95,8 @@ def reads_future(
     logits = model(tokens)
     influence, cuts, finite = [], list(range(length - 1)), bool(logits.isfinite().all())
     other = iid_tokens(batch, length, model.config.d_vocab, generator=generator)
+    if torch.equal(other, tokens):  # drawn by a generator of the same seed
+        other = iid_tokens(batch, length, model.config.d_vocab, generator=generator)
     for cut in cuts:
         changed = torch.cat((tokens[:, : cut + 1], other[:, cut + 1 :]), dim=1)
         said = model(changed)[:, : cut + 1]

@@ -78,7 +78,7 @@ def activations(
                 f"no hook {name!r} in {type(model).__name__}; "
                 f"nearest: {nearest(name, model.hook_dict)}"
             )
-    _, cache = model.run_with_cache(tokens, names_filter=list(names))
+    _, cache = model.run_with_cache(tokens, names_filter=list(dict.fromkeys(names)))
     found = dict(cache.items())
     if silent := [name for name in names if name not in found]:
         raise ValueError(f"nothing passed the hooks {silent} of this {type(model).__name__}")
