@@ -169,6 +169,77 @@ def test_an_audit_of_a_decoder_changes_what_the_decoder_reads():
     assert found.first_leak == "decoder.blocks.1.attn.hook_pattern"
 
 
+def test_the_slopes_of_a_decoder_are_those_of_its_own_embedding():
+    model = Seq2Seq(Seq2SeqConfig(**{**SIZES, "n_ctx": 5}, start=11, end=12)).eval()
+    decoder = model.decoder_given(torch.tensor([[1, 4, 2]]))
+    tokens = iid_tokens(2, 5, 13, generator=torch.Generator().manual_seed(1))
+    found = reads_future(decoder, tokens, generator=torch.Generator().manual_seed(2))
+    assert found.jacobian == 0
+
+
+def test_the_last_position_must_be_finite_too():
+    model = HONEST["conv"]().eval()
+
+    def lost(x, hook):
+        x = x.clone()
+        x[0, 4] = torch.nan
+        return x
+
+    model.add_hook("blocks.0.hook_resid_post", lost)
+    tokens = iid_tokens(2, 5, 13, generator=torch.Generator().manual_seed(1))
+    found = reads_future(model, tokens, generator=torch.Generator().manual_seed(2))
+    assert not found.finite
+    assert not found.leaks
+
+
+@pytest.mark.parametrize(("size", "located"), [(0.2501, True), (0.25, False), (0.2499, False)])
+def test_a_leak_is_located_down_to_a_hundredth_of_the_tolerance(size, located):
+    model = HONEST["conv"]().eval()
+    three, known = model.embed.weight[3], []
+
+    def small(x, hook):
+        known[:] = [(x[:, -1] == three).all(-1, keepdim=True)]
+        x = x.clone()
+        x[:, 0, :1] = size * known[0]
+        return x
+
+    def large(x, hook):
+        x = x.clone()
+        x[:, 0] += 900 * known[0]
+        return x
+
+    model.add_hook("hook_embed", small)
+    model.add_hook("blocks.0.hook_resid_post", large)
+    tokens = torch.tensor([[1, 2, 0, 5, 3], [4, 4, 6, 0, 3]])
+    generator = torch.Generator().manual_seed(2)
+    found = reads_future(model, tokens, tolerance=25.0, generator=generator)
+    assert found.first_leak == ("hook_embed" if located else "blocks.0.hook_resid_post")
+
+
+def test_a_leak_within_the_tolerance_is_told_by_its_gradients():
+    future = FutureRead([0.0, 1e-3], [0, 1], 0.25, 1e-3, None)
+    (finding,) = Audit("a model", future, IidFloor(2.0, 2.0, 0.01), None, None).findings
+    assert finding == "reads the future: gradients from later embeddings are up to 0.25"
+
+
+def test_one_nan_in_a_row_of_logits_leaves_no_accuracy():
+    model, tokens = HONEST["conv"]().eval(), torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        model.unembed.weight[3] = torch.nan
+    assert math.isnan(count_targets(model, tokens).accuracy)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_numbers_that_are_lost_do_not_make_an_audit_more_tolerant(lost):
+    model = HONEST["conv"]().eval().bfloat16()
+    with torch.no_grad():
+        model.unembed.weight[3] = lost
+        logits = model(iid_tokens(8, 5, 13, generator=torch.Generator().manual_seed(0)))
+    largest = float(logits[logits.isfinite()].abs().max())
+    assert largest < 1
+    assert audit(model, length=5).future.tolerance == pytest.approx(largest * 2**-7)
+
+
 def test_an_audit_is_its_parts_on_eight_sequences():
     model, generator = HONEST["conv"]().eval(), torch.Generator().manual_seed(0)
     found = audit(model, length=9, floor_steps=2)

@@ -15,6 +15,7 @@ from smearlens import (
     audit,
     repeated_tokens,
 )
+from smearlens._hooks import HookedRootModule, HookPoint
 from smearlens.causal.ablate import Component, Effect, ablate
 from smearlens.causal.lags import present_only, role_without_lags
 from smearlens.causal.leaks import ROUNDING, FutureRead, IidFloor, iid_floor, reads_future
@@ -318,6 +319,46 @@ def test_a_mean_is_over_examples_and_for_activations_over_positions(model, point
     with torch.no_grad():
         edited = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: mean.expand_as(t))])
     torch.testing.assert_close(found.changed, edited[:, -1, 0])
+
+
+def test_the_mean_score_of_one_example_is_its_score(model):
+    tokens, name = (
+        repeated_tokens(4, 3, 11, 13, generator=seeded()),
+        "blocks.0.attn.hook_attn_scores",
+    )
+    one = repeated_tokens(1, 3, 11, 13, generator=seeded(1))
+    stored = model.run_with_cache(one)[1][name]
+    with torch.no_grad():
+        edited = model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda t, hook: stored.expand_as(t))]
+        )
+    for how in ("mean", "mean_by_position"):
+        given = {"how": how, "reference": one, "metric": last, "generator": seeded()}
+        torch.testing.assert_close(ablate(model, tokens, name, **given).changed, edited[:, -1, 0])
+
+
+class Hiding(HookedRootModule):
+    """Sums scores of 1 for every key but those of token 0, which are hidden."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = HookPoint()  # [batch head query key]
+        self.setup()
+
+    def forward(self, tokens):
+        hidden = (tokens == 0)[:, None, None].expand(-1, 2, tokens.shape[1], -1)
+        return self.scores(torch.ones(hidden.shape).masked_fill(hidden, -torch.inf)).exp().sum(-1)
+
+
+def test_a_key_that_every_reference_hides_keeps_its_score():
+    tokens, reference = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 0, 0], [1, 0, 3, 0]])
+    scores = Component("scores", axis=1)
+    found = ablate(
+        Hiding(), tokens, scores, how="mean", reference=reference, metric=lambda y, _: y[:, 0, 0],
+        generator=seeded(),
+    )  # fmt: skip
+    torch.testing.assert_close(found.changed, found.clean)
+    torch.testing.assert_close(found.clean, torch.full((1,), 4 * math.e))
 
 
 def test_controls_move_each_position_as_far_as_the_lags_do(model, monkeypatch):
