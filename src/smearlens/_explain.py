@@ -1,7 +1,7 @@
 """Why a call failed: the argument that is not of the declared kind, by name.
 
-Contains `explained`, which costs nothing while calls succeed. Leaves out ranges, and sizes that
-must agree: every function checks its own.
+Contains `explained`, which costs nothing while calls succeed, and `warn`, which points at the
+caller. Leaves out ranges, and sizes that must agree: every function checks its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import dis
 import functools
 import inspect
 import numbers
+import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,6 +67,14 @@ def require_cache(name: str, value: Any) -> None:
             f"{name} must map hook names to tensors, as run_with_cache returns it, "
             f"got {describe(value)}"
         )
+
+
+def warn(message: str) -> None:
+    """Warn with `message`, at the line outside this library whose call led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "smearlens":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def describe(value: Any) -> str:

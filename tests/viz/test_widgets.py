@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from smearlens import kernel_profile as kernel_profile_of
+from smearlens import layer_similarity as similarity_of
 from smearlens.viz import circuitsvis_adapter, widgets
 from smearlens.viz._payload import visible
 
@@ -376,6 +378,67 @@ def test_kernel_is_sorted_by_lag_and_says_its_numbers():
     assert fields["says"][1][2] == "lag 1: 0.5 in [0.4, 0.6], null [0, 0.06]"
     assert (fields["low"], fields["high"]) == (0, pytest.approx(0.9))
     np.testing.assert_allclose(decoded(fields)[1, 0, 0], [0.4, 0.2, 0.5], atol=1e-4)
+
+
+def test_a_kernel_profile_is_shown_as_it_is_with_its_interval_and_null():
+    profile = kernel_profile_of(torch.randn(11, 3), lags=[1, 0, -1])
+    numbers = {
+        "low": profile.low,
+        "high": profile.high,
+        "null": (profile.null_rms, profile.null_high),
+    }
+    expected = widgets.kernel_profile(profile.rms, profile.lags, **numbers)
+    assert payload(widgets.kernel_profile(profile)) == payload(expected)
+    other = payload(widgets.kernel_profile(profile, null=(0.0, 0.1), title="conv"))
+    assert (other["title"], other["says"][0][0][-20:]) == ("conv", ", null [0, 0.1] (future)"[-20:])
+    for given in ((profile, [0, 1, 2]), ([0.1, 0.2],)):
+        with pytest.raises(ValueError, match="lags belong to numbers, one for each; a KernelPro"):
+            widgets.kernel_profile(*given)
+
+
+def test_a_similarity_names_its_layers_its_measure_and_its_null():
+    def layers(seed):
+        return {
+            f"blocks.{i}.attn.hook_pattern": torch.tensor(softmax_rows(2, 3, 7, 7, seed=i + seed))
+            for i in range(3)
+        }
+
+    found = similarity_of(layers(0), null=layers(5))
+    fields = payload(widgets.layer_similarity(found))
+    assert fields["rows"] == [f"blocks.{i}.attn" for i in range(3)]
+    null = sorted(pair[-1] for pair in found.pairs())
+    assert fields["title"] == f"js, heads by mean; null {null[0]:.3g} to {null[-1]:.3g}"
+    np.testing.assert_allclose(decoded(fields)[0, 0], found.values, atol=1e-4)
+    assert payload(widgets.layer_similarity(similarity_of(layers(0))))["title"] == found.name
+    named = payload(widgets.layer_similarity(found, ["a", "b", "c"], title="mine"))
+    assert (named["rows"], named["title"]) == (["a", "b", "c"], "mine")
+
+
+def test_one_example_of_a_cache_is_shown_as_it_is():
+    pattern = softmax_rows(1, 3, 7, 7)
+    whole, alone = (payload(widgets.attention_heads(p, names(7))) for p in (pattern, pattern[0]))
+    assert whole == alone
+
+
+CALLER = """
+import warnings
+import torch
+from smearlens.viz import widgets
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    widgets.attention_heads(torch.ones(2, 3, 3), list("abc"))
+    widgets.attention_pattern(torch.full((3, 3), 1 / 3), list("abc"), mask="causal")
+    widgets.evolution(torch.ones(1, 2, 3, 3), [5], list("abc"))
+print(*[f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught])
+"""
+
+
+def test_warnings_point_at_the_line_that_called(tmp_path):
+    script = tmp_path / "mine.py"  # a process of its own: run-time type checks add frames
+    script.write_text(CALLER)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["mine.py:8", "mine.py:9", "mine.py:10"]
 
 
 def test_signed_maps_diverge_and_sqrt_lifts_small_values():

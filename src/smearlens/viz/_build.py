@@ -6,7 +6,6 @@ Leaves out: the public functions and their arguments (`widgets.py`), packing (`_
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float32
 
+from smearlens._explain import warn
 from smearlens.viz._payload import (
     check_tokens,
     colour_stops,
@@ -165,11 +165,9 @@ def _check_mask(values: Maps, mask: str) -> None:
     hidden = np.abs(np.triu(values, 1)).sum(-1)
     if hidden.max() > ROW_SUM_TOLERANCE:
         frame, head, query = np.unravel_index(hidden.argmax(), hidden.shape)
-        warnings.warn(
+        warn(
             f"mask='causal' hides up to {hidden.max():.3g} of a row (frame {frame}, head {head}, "
-            f"query {query}); this pattern reads the future, pass mask='none'",
-            UserWarning,
-            stacklevel=4,
+            f"query {query}); this pattern reads the future, pass mask='none'"
         )
 
 
@@ -178,11 +176,9 @@ def _check_row_sums(values: Maps) -> None:
     if error.max() > ROW_SUM_TOLERANCE:
         frame, head, query = np.unravel_index(error.argmax(), error.shape)
         total = values[frame, head, query].sum()
-        warnings.warn(
+        warn(
             f"rows of an attention pattern should sum to 1, but frame {frame}, head {head}, query "
-            f"{query} sums to {total:.3g}; pass normalised=False for signed or unnormalised maps",
-            UserWarning,
-            stacklevel=4,
+            f"{query} sums to {total:.3g}; pass normalised=False for signed or unnormalised maps"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from smearlens._explain import explained
+from smearlens.analysis.kernels import KernelProfile
 from smearlens.viz._build import Look, View, build, names
 from smearlens.viz._payload import Scale, Values, as_array, check_tokens, number
 from smearlens.viz._widget import Widget
@@ -87,8 +88,8 @@ def delta_strip(
 
 @explained
 def kernel_profile(
-    profile: Values,
-    lags: Sequence[int],
+    profile: KernelProfile | Values,
+    lags: Sequence[int] | None = None,
     *,
     low: Values | None = None,
     high: Values | None = None,
@@ -100,8 +101,10 @@ def kernel_profile(
     """A convolution kernel by lag: bar, interval, null band; future lags in orange.
 
     Args:
-        profile: `[lag]`, or `[series lag]` for a slider over layers or checkpoints
-        lags: the lag of each entry in tokens; 1 is the previous token, negative is the future
+        profile: what `smearlens.kernel_profile` returns: its RMS by lag, interval and null; or
+            numbers `[lag]`, or `[series lag]` for a slider over layers or checkpoints
+        lags: of numbers, the lag of each entry in tokens; 1 is the previous token, negative is the
+            future
         low: lower ends of the intervals, shaped as `profile`
         high: upper ends
         null: lower and upper end of the grey band, numbers or one per lag
@@ -110,18 +113,21 @@ def kernel_profile(
         max_width: in CSS pixels
 
     Raises:
-        ValueError: if shapes differ, lags repeat, or a lower end is above its upper one
+        ValueError: if shapes differ, lags are missing or repeat, or a lower end is above its upper
+            one
     """
+    if (lags is None) != isinstance(profile, KernelProfile):
+        raise ValueError("lags belong to numbers, one for each; a KernelProfile has its own")
+    if isinstance(profile, KernelProfile):
+        if low is None and high is None:
+            low, high = profile.low, profile.high
+        null = (profile.null_rms, profile.null_high) if null is None else null
+        profile, lags = profile.rms, profile.lags
     values = as_array("profile", profile, "[lag] or [series lag]")
     values = values.reshape(-1, values.shape[-1])
-    order, known = _sorted_lags(lags, values.shape[1])
-    if (low is None) != (high is None):
-        raise ValueError("low and high must be given together, got only one of them")
-    ends = band = None
-    if low is not None and high is not None:
-        ends = _ranges("low and high", low, high, values.shape)[:, order]
-    if null is not None:
-        band = _ranges("null", *null, values.shape)[:, order]
+    order, known = _sorted_lags(lags or [], values.shape[1])
+    ends = _ranges("low and high", low, high, values.shape, order)
+    band = _ranges("null", *(null or (None, None)), values.shape, order)
     values = values[:, order]
     reach = np.concatenate([p.ravel() for p in (values, ends, band, np.zeros(1)) if p is not None])
     limits = (float(reach.min()), float(reach.max()) or float(not reach.any()))
@@ -148,9 +154,17 @@ def _sorted_lags(lags: Sequence[int], count: int) -> tuple[list[int], list[int]]
 
 
 def _ranges(
-    name: str, low: Values | float | int, high: Values | float | int, shape: tuple[int, ...]
-) -> Float32[np.ndarray, "series lag 2"]:
-    """Lower and upper ends for each value; numbers and one row are repeated."""
+    name: str,
+    low: Values | float | int | None,
+    high: Values | float | int | None,
+    shape: tuple[int, ...],
+    order: list[int],
+) -> Float32[np.ndarray, "series lag 2"] | None:
+    """Lower and upper ends for each value in order, if given; numbers and one row are repeated."""
+    if low is None and high is None:
+        return None
+    if low is None or high is None:
+        raise ValueError(f"{name} must be given together, got only one of them")
     ends = []
     for end in (low, high):
         if isinstance(end, (int, float)):
@@ -165,7 +179,7 @@ def _ranges(
     if (ends[0] > ends[1]).any():
         series, lag = np.argwhere(ends[0] > ends[1])[0]
         raise ValueError(f"{name}: the lower end is above the upper one at [{series}, {lag}]")
-    return np.stack(ends, -1)
+    return np.stack(ends, -1)[:, order]
 
 
 def _describe(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from smearlens.viz.plots import COLOURS, NULL
+from smearlens.viz.plots import COLOURS, LINES, NULL
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ def draw_losses(ax: Any, bands: Mapping[str, Band], *, ylabel: str, mark_best: b
         ylabel: which loss, and its unit
         mark_best: ring the lowest mean of each curve: the best step of a validation loss
     """
-    for colour, (name, line) in zip(_colours(len(bands)), bands.items(), strict=True):
-        _draw(ax, line, colour, f"{name} (n = {line.n})")
+    for index, (name, line) in enumerate(bands.items()):
+        lap, place = divmod(index, len(COLOURS))
+        colour = COLOURS[place]
+        _draw(ax, line, colour, f"{name} (n = {line.n})", LINES[lap % len(LINES)])
         if mark_best:
             best = min(range(len(line.mean)), key=lambda i: line.mean[i])
             ax.plot(
@@ -151,8 +153,8 @@ def draw_layer_similarity(
     return _finish(ax, ylabel, bool(pairs))
 
 
-def _draw(ax: Any, line: Band, colour: Any, label: str) -> None:
-    ax.plot(line.steps, line.mean, color=colour, label=label, linewidth=1.5)
+def _draw(ax: Any, line: Band, colour: Any, label: str, style: str = "-") -> None:
+    ax.plot(line.steps, line.mean, style, color=colour, label=label, linewidth=1.5)
     low = [m - e for m, e in zip(line.mean, line.error, strict=True)]
     high = [m + e for m, e in zip(line.mean, line.error, strict=True)]
     ax.fill_between(line.steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -176,11 +178,6 @@ def _finish(ax: Any, ylabel: str, named: bool) -> Any:
     if named:
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax
-
-
-def _colours(count: int) -> list[Any]:
-    """Colours of things without an order."""
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _in_order(count: int) -> list[Any]:

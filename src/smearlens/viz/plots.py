@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from smearlens.analysis.kernels import KernelProfile
+
 COLOURS = ("#2f5d9b", "#c8553d", "#3b8a6e", "#8b5fa3", "#b8860b", "#5b6770", "#a23b72")
 NULL = "#9aa3ab"
+LINES = ("-", "--", ":", "-.")  # the first seven lines differ in colour, the next seven in this too
+HATCHES = ("", "///", "...", "xxx")  # of bars, the same
 
 
 def draw_kernel_profile(
     ax: Any,
-    records: Sequence[Mapping[str, Any]],
+    records: KernelProfile | Sequence[Mapping[str, Any]],
     *,
-    null: float,
-    null_high: float | None = None,
+    null: float | int | None = None,
+    null_high: float | int | None = None,
     label: str | None = None,
     colour: str = COLOURS[0],
 ) -> Any:
@@ -26,27 +30,27 @@ def draw_kernel_profile(
 
     Args:
         ax: matplotlib Axes
-        records: from `KernelProfile.records()`: lag, rms, low, high
-        null: RMS of an untrained kernel
-        null_high: its 97.5 % quantile
+        records: a `KernelProfile`, or rows as its `records()` gives them: lag, rms, low, high
+        null: RMS of an untrained kernel; a `KernelProfile` knows it
+        null_high: its 97.5 % quantile; the same
         label: of the line
         colour: of the line
+
+    Raises:
+        ValueError: for rows without `null`: every profile is drawn beside its null
     """
+    if isinstance(records, KernelProfile):
+        null = records.null_rms if null is None else null
+        null_high = records.null_high if null_high is None else null_high
+        records = records.records()
+    if null is None:
+        raise ValueError("null is missing: pass that of the profile, null=profile.null_rms")
     lags = [r["lag"] for r in records]
     rms = [r["rms"] for r in records]
     below = [max(0.0, r["rms"] - r["low"]) for r in records]
     above = [max(0.0, r["high"] - r["rms"]) for r in records]
     ax.errorbar(lags, rms, yerr=[below, above], marker="o", color=colour, capsize=3, label=label)
-    ax.axhline(null, color=NULL, linestyle="--", linewidth=1)
-    ax.annotate(
-        "untrained",
-        (1, null),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        color=NULL,
-        ha="right",
-        va="bottom",
-    )
+    _mark_level(ax, null, "untrained")
     if null_high is not None:
         ax.axhspan(null, null_high, color=NULL, alpha=0.15, linewidth=0)
     if min(lags) < 0:
@@ -113,11 +117,12 @@ def draw_curves(
         ylabel: its name and unit
         best_possible: a level to mark, such as an entropy floor
     """
-    for colour, (name, runs) in zip(COLOURS, curves.items(), strict=False):
+    for index, (name, runs) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
         steps = [row["step"] for row in runs[0]]
         columns = list(zip(*([row[key] for row in run] for run in runs), strict=True))
         mean = [sum(column) / len(column) for column in columns]
-        ax.plot(steps, mean, color=colour, label=name, linewidth=1.6)
+        ax.plot(steps, mean, _round(LINES, index), color=colour, label=name, linewidth=1.6)
         ax.fill_between(
             steps,
             [min(c) for c in columns],
@@ -145,34 +150,47 @@ def draw_bars(
 
     Args:
         ax: matplotlib Axes
-        groups: group name to {bar name: (mean, low, high)}
+        groups: group name to {bar name: (mean, low, high)}; a group may lack a bar
         ylabel: name and unit
         level: a reference level to mark, such as chance
         level_name: what it is
+
+    Raises:
+        ValueError: if there is no bar
     """
-    names = list(next(iter(groups.values())))
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    if not names:
+        raise ValueError(f"groups must hold at least one bar, got {dict(groups)}")
     width = 0.8 / len(names)
-    for index, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
-        at = [g + (index - (len(names) - 1) / 2) * width for g in range(len(groups))]
-        means = [bars[name][0] for bars in groups.values()]
-        below = [max(0.0, bars[name][0] - bars[name][1]) for bars in groups.values()]
-        above = [max(0.0, bars[name][2] - bars[name][0]) for bars in groups.values()]
-        ax.bar(at, means, width * 0.92, color=colour, label=name)
+    for index, name in enumerate(names):
+        shown = [(g, bars[name]) for g, bars in enumerate(groups.values()) if name in bars]
+        at = [g + (index - (len(names) - 1) / 2) * width for g, _ in shown]
+        means = [mean for _, (mean, _, _) in shown]
+        below = [max(0.0, mean - low) for _, (mean, low, _) in shown]
+        above = [max(0.0, high - mean) for _, (mean, _, high) in shown]
+        hatch = _round(HATCHES, index)
+        look = {"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {}
+        colour = COLOURS[index % len(COLOURS)]
+        ax.bar(at, means, width * 0.92, color=colour, label=name, **look)
         ax.errorbar(
             at, means, yerr=[below, above], linestyle="", color="#333", capsize=2, linewidth=0.9
         )
     if level is not None:
-        ax.axhline(level, color=NULL, linestyle="--", linewidth=1)
-        ax.annotate(
-            level_name,
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            color=NULL,
-            ha="right",
-            va="bottom",
-        )
+        _mark_level(ax, level, level_name)
     ax.set_xticks(range(len(groups)), list(groups), fontsize=8)
     ax.set(ylabel=ylabel)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def _round(kinds: Sequence[str], index: int) -> str:
+    """The kind of line or hatch of entry `index`: another each time the colours start anew."""
+    return kinds[index // len(COLOURS) % len(kinds)]
+
+
+def _mark_level(ax: Any, level: float | int, name: str) -> None:
+    ax.axhline(level, color=NULL, linestyle="--", linewidth=1)
+    ax.annotate(
+        name, (1, level), xycoords=("axes fraction", "data"), fontsize=8, color=NULL,
+        ha="right", va="bottom",
+    )  # fmt: skip

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smearlens._explain import explained
+from smearlens.analysis.similarity import Similarity
 from smearlens.viz._build import Look, Mask, View, attention, build, names
-from smearlens.viz._payload import Scale, Values, as_array, check_tokens
+from smearlens.viz._payload import Scale, Values, as_array, check_tokens, number
 from smearlens.viz._strips import delta_strip, kernel_profile, tokens
 from smearlens.viz._widget import Widget, page_bundle
 
@@ -49,7 +50,9 @@ def attention_heads(
 
     Args:
         pattern: `[head query key]` or `[layer head query key]` (slider over layers); to see all
-            layers at once pass `pattern.flatten(0, 1)`
+            layers at once pass `pattern.flatten(0, 1)`. What a cache holds is `[batch head query
+            key]`: one example is taken as it is, of several pick one, `pattern[0]`, or they are
+            shown as if they were layers
         query_tokens: one string per query
         key_tokens: one string per key in cross attention, where lags have no meaning; `None` is
             self-attention
@@ -154,7 +157,7 @@ def evolution(
 
 @explained
 def layer_similarity(
-    similarity: Values,
+    similarity: Similarity | Values,
     labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     *,
@@ -164,12 +167,16 @@ def layer_similarity(
     """A matrix of similarities between layers, checkpoints or models.
 
     Args:
-        similarity: `[row column]`; negative values get a diverging scale
-        labels: names of the rows; `layer 0`, `layer 1`, … by default
+        similarity: what `smearlens.layer_similarity` returns, or `[row column]`; negative values
+            get a diverging scale
+        labels: names of the rows; by default the layers of a `Similarity`, else `layer 0`, …
         column_labels: names of the columns; the rows' names if the matrix is square
-        title: shown above; the place for the null of the measure
+        title: shown above; by default the measure of a `Similarity`, with the range of its null
         max_width: in CSS pixels
     """
+    if isinstance(similarity, Similarity):
+        labels, title = labels or similarity.layers, title or _measured(similarity)
+        similarity = similarity.values
     values = as_array("similarity", similarity, "[row column]")
     rows, columns = values.shape
     if column_labels is None and rows == columns:
@@ -216,3 +223,9 @@ def state_map(
         ratio=0.5,
     )
     return build("state_map", values, Look(title, max_width, scale, 8), view)
+
+
+def _measured(similarity: Similarity) -> str:
+    """The measure, and between which values its null lies."""
+    null = [null for *_, null in similarity.pairs() if null is not None and null == null]
+    return similarity.name + (f"; null {number(min(null))} to {number(max(null))}" if null else "")
