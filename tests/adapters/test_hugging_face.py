@@ -1,5 +1,7 @@
 """Our Mamba against `transformers.MambaForCausalLM` on the same weights: logits and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -105,11 +107,58 @@ def test_scores_run_on_hugging_face_attentions(transformers):
     torch.testing.assert_close(prev_token_score(cache)["blocks.1.attn"], expected.double())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_output_is_taken_for_its_attentions(transformers):
+    sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_heads": 2}
+    config = transformers.T5Config(
+        **sizes, num_layers=2, num_decoder_layers=3, attn_implementation="eager"
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    source, target = torch.randint(11, (2, 7)), torch.randint(11, (2, 5))
+    with torch.no_grad():
+        output = model(source, decoder_input_ids=target, output_attentions=True)
+        silent = model(source, decoder_input_ids=target)
+    expected = {
+        **{f"encoder.blocks.{i}.attn.hook_pattern": a for i, a in enumerate(output[-1])},
+        **{f"decoder.blocks.{i}.attn.hook_pattern": output.decoder_attentions[i] for i in range(3)},
+        **{
+            f"decoder.blocks.{i}.cross_attn.hook_pattern": output.cross_attentions[i]
+            for i in range(3)
+        },
+    }
+    for given in (output, dict(output)):
+        found = attention_cache(given)
+        assert found.keys() == expected.keys()
+        assert all(found[name] is expected[name] for name in found)
+        cross = attention_cache(given, part="cross")
+        assert list(cross) == [name for name in expected if "cross" in name]
+        assert cross == attention_cache(output.cross_attentions, part="cross")
+    with pytest.raises(ValueError, match=r"attentions of a \w+ with none are missing: load the mo"):
+        attention_cache(silent)
+
+
+def test_cross_attention_of_a_decoder_stands_beside_its_own():
+    own, cross = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 5)
+    output = SimpleNamespace(attentions=(own,), cross_attentions=(cross,), loss=None)
+    assert list(attention_cache(output)) == [
+        "blocks.0.attn.hook_pattern", "blocks.0.cross_attn.hook_pattern",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"encoder_attentions of a .* \['attentions', 'cross_att"):
+        attention_cache(output, part="encoder")
+
+
 def test_missing_attentions_are_explained():
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         attention_cache([None])
     with pytest.raises(ValueError, match="part must be"):
         attention_cache([torch.zeros(1, 1, 2, 2)], part="middle")
+    logits, pattern = torch.zeros(2, 3, 11), torch.zeros(2, 1, 3, 3)
+    for wrong in ((logits, (pattern,)), [(pattern,)], ["logits"], pattern):
+        message = (
+            r"one tensor \[batch head query key\] per layer, got .* for layer 0; pass the output"
+        )
+        with pytest.raises(TypeError, match=message):
+            attention_cache(wrong)
 
 
 @pytest.mark.parametrize("rule", ["mamba", "zoh", "bilinear"])

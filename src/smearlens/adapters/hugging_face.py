@@ -5,13 +5,20 @@ Needs `transformers` only in the caller's hands: nothing here imports it. Leaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from smearlens._explain import explained
+from smearlens._explain import describe, explained
 from smearlens.models.mamba import Mamba, MambaConfig
+
+FIELDS = {  # part of a model -> the field of its output
+    "": "attentions",
+    "encoder": "encoder_attentions",
+    "decoder": "decoder_attentions",
+    "cross": "cross_attentions",
+}
 
 
 @explained
@@ -60,28 +67,68 @@ def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
 
 
 @explained
-def attention_cache(attentions: Sequence[Tensor | None], *, part: str = "") -> dict[str, Tensor]:
+def attention_cache(
+    attentions: Sequence[Tensor | None] | Any, *, part: str = ""
+) -> dict[str, Tensor]:
     """The attention weights a Hugging Face model returns, as a cache that every score accepts.
 
     Args:
-        attentions: [batch head query key] per layer: `outputs.attentions` of a run with
-            `output_attentions=True`, the model loaded with `attn_implementation="eager"`
-        part: "encoder" or "decoder" for an encoder-decoder; "cross" for its cross attention
+        attentions: what the model returned with `output_attentions=True`, loaded with
+            `attn_implementation="eager"`: the whole output, or `outputs.attentions`, one tensor
+            [batch head query key] per layer
+        part: "encoder", "decoder" or "cross" (attention) of an encoder-decoder; "" is all there is
+            of a whole output, and of tensors those of a model without an encoder
 
     Returns:
-        names such as `blocks.0.attn.hook_pattern` to patterns
+        names such as `blocks.0.attn.hook_pattern` to patterns; of an encoder-decoder
+        `encoder.blocks.0.attn…`, `decoder.blocks.0.attn…` and `decoder.blocks.0.cross_attn…`
+
+    Raises:
+        ValueError: for attentions that the model did not return
+        TypeError: for anything but one tensor per layer
     """
-    if part not in ("", "encoder", "decoder", "cross"):
+    if part not in FIELDS:
         raise ValueError(f"part must be '', 'encoder', 'decoder' or 'cross', got {part!r}")
-    given = [a for a in attentions if a is not None]
-    if not given or len(given) < len(attentions):
-        raise ValueError(
-            "attentions are missing: load the model with attn_implementation='eager' and call it "
-            "with output_attentions=True"
-        )
-    stem = {"": "blocks", "encoder": "encoder.blocks"}.get(part, "decoder.blocks")
-    kind = "cross_attn" if part == "cross" else "attn"
-    return {f"{stem}.{i}.{kind}.hook_pattern": a for i, a in enumerate(given)}
+    if isinstance(attentions, (Sequence, Tensor)):
+        return _patterns(list(attentions), part, "blocks" if part == "" else "decoder.blocks")
+    found = {name: _field(attentions, field) for name, field in FIELDS.items()}
+    found = {name: layers for name, layers in found.items() if layers}
+    chosen = [part] if part else list(found)
+    if not chosen or part not in ("", *found):
+        has = [FIELDS[name] for name in found]
+        raise _missing(f"{FIELDS[part]} of a {type(attentions).__name__} with {has or 'none'}")
+    stem = "blocks" if "" in found else "decoder.blocks"
+    return {k: v for name in chosen for k, v in _patterns(found[name], name, stem).items()}
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _patterns(layers: Sequence[Any], part: str, stem: str) -> dict[str, Tensor]:
+    """One kind of attention under our names; `stem` is where the blocks are, but for encoders."""
+    if not layers or any(layer is None for layer in layers):
+        raise _missing("attentions")
+    found: dict[str, Tensor] = {}
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Tensor) or layer.ndim != 4:
+            given = describe(layer) if isinstance(layer, Tensor) else type(layer).__name__
+            raise TypeError(
+                "attentions must be one tensor [batch head query key] per layer, got "
+                f"{given} for layer {i}; pass the output of a forward pass, or its "
+                "outputs.attentions"
+            )
+        kind = "cross_attn" if part == "cross" else "attn"
+        blocks = "encoder.blocks" if part == "encoder" else stem
+        found[f"{blocks}.{i}.{kind}.hook_pattern"] = layer
+    return found
+
+
+def _missing(what: str) -> ValueError:
+    return ValueError(
+        f"{what} are missing: load the model with attn_implementation='eager' and call it with "
+        "output_attentions=True"
+    )
 
 
 def _renamed(theirs: dict[str, Tensor], n_layers: int):
