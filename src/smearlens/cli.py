@@ -1,10 +1,12 @@
 """The command line: parses, calls, prints. No logic.
 
-Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
+Results go to stdout, progress to stderr. Exit codes: 0 done; 1 failed, as does the audit of a model
+with findings; 2 wrong usage; 130 stopped by Ctrl-C; 141 nobody reads the output.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+import smearlens
 from smearlens.experiments.engines import Engine
 
 
@@ -25,10 +28,10 @@ class Compare:
     """
 
     out: Path = Path("runs/compare")  # folder of the study
-    quick: bool = False  # 2 seeds and few updates: to see it work, not to be convinced
-    seeds: int = 3  # independent runs of every model
-    steps: int = 1200  # updates per model on repeated tokens
-    text_steps: int = 500  # updates per model on tiny Shakespeare
+    quick: bool = False  # few seeds and updates: to see it work, not to be convinced
+    seeds: int | None = None  # independent runs of every model; default 3, quick 2
+    steps: int | None = None  # updates per model on repeated tokens; default 1200, quick 500
+    text_steps: int | None = None  # updates per model on tiny Shakespeare; default 500, quick 100
     jobs: int = 2  # runs at a time; results do not depend on it
     engine: Engine = "processes"  # where they run; ray: the cluster of RAY_ADDRESS, or this machine
     force: bool = False  # delete what OUT holds of an earlier study and start over
@@ -55,7 +58,11 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Check a saved model: does it read the future, does it beat what cannot be beaten?"""
+    """Check a saved model: does it read the future, does it beat what cannot be beaten?
+
+    Exits with 1 if something is wrong. Of an encoder-decoder, the decoder is audited, given a
+    source of random tokens.
+    """
 
     checkpoint: Annotated[str, tyro.conf.Positional]  # folder with config.json, or a shipped name
     floor_steps: int = 0  # also train a copy for so many updates on independent tokens
@@ -64,13 +71,14 @@ class Audit:
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze:
-    """Scores of every head of a saved model on repeated tokens."""
+    """Scores of every head and kernel of a saved model, no encoder-decoder, on repeated tokens."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]  # folder with config.json, or a shipped name
     period: tuple[int, int] = (8, 20)  # shortest and longest period of the repeats, in tokens
     length: int = 48  # tokens per example
     examples: int = 64  # number of examples
     seed: int = 0  # of the examples
+    json: bool = False  # print plain numbers instead of the tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ class Train:
     """Train one model on repeated tokens or on a text, into a folder that resumes."""
 
     out: Path  # folder of the run
-    model: str = "ConvAttn"  # class: ConvAttn or AttnAttn
+    model: str = "ConvAttn"  # class: AttnAttn, CharGPT, ConvAttn or Mamba
     preset: str = "cpu"  # named configuration of that class
     data: str = "repeats"  # "repeats", a corpus name (tiny-shakespeare), or a text file
     steps: int = 1000  # updates
@@ -96,27 +104,53 @@ class Claims:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand; ends the process with its exit code."""
+    """Run one subcommand; ends the process with its exit code unless that is 0."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = None
+    try:
+        if words == ["--version"]:
+            said, code = f"smearlens {smearlens.__version__}", 0
+        else:
+            command = _parsed(words)
+            said, code = _carried_out(command)
+        if said:
+            print(said, flush=True)
+    except KeyboardInterrupt:
+        resumes = isinstance(command, (Compare, Experiment, Train))
+        more = "; the same command continues from here" if resumes else ""
+        print(f"stopped{more}", file=sys.stderr)
+        code = 130
+    except OSError as error:  # of printing, be it help
+        code = 141 if isinstance(error, BrokenPipeError) else 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+        if code == 1:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    if code:
+        sys.exit(code)
+
+
+def _parsed(words: list[str]) -> object:
     commands_by_name: dict[str, Callable[..., object]] = {
         "compare": Compare, "experiment": Experiment, "train": Train, "analyze": Analyze,
         "audit": Audit, "claims": Claims,
     }  # fmt: skip
-    command = tyro.extras.subcommand_cli_from_dict(
+    return tyro.extras.subcommand_cli_from_dict(
         commands_by_name,
         prog="smearlens",
-        description="Hook, measure and test how sequence models look back.",
-        args=arguments,
+        description="Hook, measure and test how sequence models look back. Of which version: "
+        "smearlens --version.",
+        args=words,
     )
+
+
+def _carried_out(command: object) -> tuple[str, int]:
+    """What a command has to say, and its exit code."""
     from smearlens.experiments import commands
 
     try:
-        if said := commands.run(command):
-            print(said)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
-        sys.exit(1)
+        return commands.run(command)
     except Exception as error:
-        if not commands.is_expected(error):
+        if (why := commands.explanation(error)) is None:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(why, file=sys.stderr)
+        return "", 1

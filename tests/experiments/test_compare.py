@@ -117,7 +117,8 @@ def test_the_command_line_audits_analyzes_and_lists(tmp_path, capsys):
     from smearlens import ConvAttn
 
     ConvAttn.from_preset("cpu", causal=False).save_pretrained(tmp_path)
-    main(["audit", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        main(["audit", str(tmp_path)])
     assert "FAILED" in capsys.readouterr().out
     main(["analyze", str(tmp_path), "--examples", "4"])
     out = capsys.readouterr().out

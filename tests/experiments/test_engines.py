@@ -1,8 +1,11 @@
 """Every engine gives the same numbers, even if one of its workers is killed in the middle."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,11 +63,39 @@ def test_a_killed_worker_changes_no_byte(serial, engine, tmp_path):
     assert len(processes) >= 2
 
 
+WAITING = """
+import subprocess
+from smearlens.experiments.engines import run_elsewhere
+
+if __name__ == "__main__":
+    shells = ["sh", "sh", "-c", "-c", "touch one; exec sleep 99", "touch two; exec sleep 99"]
+    run_elsewhere(subprocess.run, shells, jobs=2)
+"""
+
+
+def test_ctrl_c_ends_the_workers_in_silence(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    process = subprocess.Popen(
+        [sys.executable, "waiting.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not ((tmp_path / "one").exists() and (tmp_path / "two").exists()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1]
+    assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1  # of the script itself
+    assert "Process" not in said
+    assert "semaphore" not in said
+
+
 def test_the_engine_is_chosen_for_a_time_and_by_a_right_name():
     assert chosen_engine() == "processes"
     with use_engine("serial"):
         assert chosen_engine() == "serial"
         run_elsewhere(pytest.fail, [2, 3, 5], jobs=2)
+        with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+            run_elsewhere(pytest.fail, [2, 3, 5], jobs=0)
     assert chosen_engine() == "processes"
     with (
         pytest.raises(ValueError, match="one of serial, processes, ray, got 'threads'"),

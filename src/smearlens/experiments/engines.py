@@ -7,6 +7,9 @@ leaves undone, the caller does. Leaves out what a run is (`grid`).
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,7 +64,12 @@ def run_elsewhere(run: Run, items: Sequence[Item], jobs: int) -> None:
         run: can be pickled; an exception in it ends its share, and is not raised here
         items: what there is to do
         jobs: shares at a time
+
+    Raises:
+        ValueError: for fewer jobs than 1
     """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     if chosen_engine() == "ray" and items:
         _on_ray(run, items, jobs)
     elif chosen_engine() == "processes" and min(jobs, len(items)) > 1:
@@ -73,11 +81,42 @@ def _in_processes(run: Run, items: Sequence[Item], jobs: int) -> None:
 
     context = multiprocessing.get_context("spawn")
     shares = [items[i::jobs] for i in range(min(jobs, len(items)))]
-    workers = [context.Process(target=run, args=(share,), daemon=True) for share in shares]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    workers = [context.Process(target=_work, args=(run, share), daemon=True) for share in shares]
+    try:
+        with _deaf_to_interrupts():
+            for worker in workers:
+                worker.start()
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        raise
+
+
+def _work(run: Run, share: Sequence[Any]) -> None:
+    """What a worker does; told to end, it leaves by the door and takes its semaphores with it."""
+
+    def leave(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, leave)
+    run(share)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C: the one that started them ends them, in silence."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _on_ray(run: Run, items: Sequence[Item], jobs: int) -> None:
