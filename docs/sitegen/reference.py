@@ -43,7 +43,7 @@ MEANING = {  # where the comment in the code is the shape alone
 }
 
 API_PAGES = {  # page -> title, introduction, prefixes of the modules whose names it holds
-    "models": ("Models and layers", "Build, hook, save and load.", ("models", "nn")),
+    "models": ("Models and layers", "Build, hook, save and load.", ("models", "nn", "_hooks")),
     "analysis": ("Analysis", "From activations to numbers.", ("analysis",)),
     "causal": ("Causal", "Experiments on a running model.", ("causal", "experiments")),
     "data": ("Data", "Tokens, and where they come from.", ("data",)),
