@@ -419,6 +419,10 @@ def test_an_effect_knows_its_interval():
             r"roles must be some of 'q', 'k', 'v' in 'blocks.0' of this ConvAttn, got \[\]",
         ),
         (
+            lambda m, t, g: role_without_lags(m, t, "k", block="blocks.1", generator=g),
+            r"block 'blocks.1' of this ConvAttn has no attention.*that have one: \['blocks.0'\]",
+        ),
+        (
             lambda m, t, g: keep_lags(m, "blocks.0.conv", [2, 7]),
             r"keep must be some of the lags of 'blocks.0.conv', \[0, 1, 2, 3\], got \[7\] in it",
         ),

@@ -170,7 +170,14 @@ def _role_points(
     allowed, layer = (("q", "k", "v"), "attn") if attention else (("u", "B", "C", "delta"), "ssm")
     named = [roles] if isinstance(roles, str) and roles in allowed else list(roles)
     points = {role: f"{block}.{layer}.hook_{role}" for role in allowed}
-    if not named or set(named) - set(allowed) or points[allowed[0]] not in model.hook_dict:
+    if points[allowed[0]] not in model.hook_dict:
+        layers = (name.rpartition(".") for name in model.hook_dict)
+        known = [owner.rpartition(".")[0] for owner, _, p in layers if p in ("hook_q", "hook_u")]
+        raise ValueError(
+            f"block {block!r} of this {type(model).__name__} has no attention or state-space "
+            f"layer; blocks that have one: {known}"
+        )
+    if not named or set(named) - set(allowed):
         raise ValueError(
             f"roles must be some of {', '.join(map(repr, allowed))} in {block!r} of this "
             f"{type(model).__name__}, got {roles!r}"
