@@ -15,13 +15,17 @@
 # Each is checked here against structure that was planted, so that the right answer is known.
 
 # %%
+from types import SimpleNamespace
+
 import torch
 from torch import nn
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
 from smearlens import (
+    HookedModel,
+    HookPoint,
     Mixing,
+    ablate,
+    audit,
     duplicate_token_score,
     induction_score,
     prev_token_score,
@@ -72,10 +76,12 @@ assert torch.allclose(a, b, atol=1e-6)
 # %% [markdown]
 # ## Hook points
 #
-# To intervene and not only look, put each intermediate through a `HookPoint` under these names.
-# Below, a bare model with one planted head: its keys are the *previous* token's embedding, its
-# queries and values the present one's, so that matching a key finds what followed. That is an
-# induction head without any training.
+# To intervene and not only look, put each intermediate through a `HookPoint` under these names,
+# in a `HookedModel`, which refuses names that it does not have. (In TransformerLens' own
+# `HookedRootModule` our `HookPoint` works as well; what it adds to theirs is that no later hook can
+# reach into a tensor that was cached before.) Below, a bare model with one planted head: its keys
+# are the *previous* token's embedding, its queries and values the present one's, so that matching a
+# key finds what followed. That is an induction head without any training.
 
 
 # %%
@@ -103,27 +109,36 @@ class PlantedBlock(nn.Module):
         return self.attn(x)
 
 
-class Planted(HookedRootModule):
-    def __init__(self, d_vocab):
-        super().__init__()
+class Planted(HookedModel):
+    def __init__(self, d_vocab, n_ctx):
+        super().__init__(SimpleNamespace(d_vocab=d_vocab, n_ctx=n_ctx))  # what `audit` must know
         self.embed = nn.functional.one_hot(torch.arange(d_vocab)).float()
+        self.hook_embed = HookPoint()  # [batch pos d_vocab]
         self.blocks = nn.ModuleList([PlantedBlock()])
         self.setup()
 
     def forward(self, tokens):
-        x = self.embed[tokens]
+        x = self.hook_embed(self.embed[tokens])
         for block in self.blocks:
             x = block(x)
         return x  # the embedding of the answer: logits over the vocabulary
 
 
-model = Planted(40)
+model = Planted(40, n_ctx=length)
 logits, cache = model.run_with_cache(tokens)
 print(induction_score(cache, tokens))
 
 # %% [markdown]
-# `ablate` and `patch_activation` run on this model as on ours (`audit` takes a `HookedModel`, whose
-# configuration says which tokens it reads). What they have no name for is a hook of one line. Give
+# Interventions run on it as on ours. `audit` needs what stands in its docstring: the two sizes in
+# `config`, logits from tokens, and `hook_embed`:
+
+# %%
+print(ablate(model, tokens, "blocks.0.attn.hook_pattern", generator=torch.Generator()))
+print(audit(model))
+assert audit(model).passed
+
+# %% [markdown]
+# What they have no name for is a hook of one line. Give
 # the keys the present token, and the induction head becomes a duplicate-token head (short of 1,
 # since each query finds itself as well):
 

@@ -11,8 +11,8 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_protocol import TransformerLensModel
 
-from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig
-from smearlens._hooks import HookPoint, caching_hook, is_hooked
+from smearlens import AttnAttn, AttnAttnConfig, ConvAttn, ConvAttnConfig, HookPoint
+from smearlens._hooks import caching_hook, is_hooked
 
 PATTERN = "blocks.0.attn.hook_pattern"
 
@@ -63,6 +63,26 @@ def test_edits_in_place_act_on_the_model_and_not_on_what_was_cached(variant, mod
     returned = [(lambda name: True, lambda t, hook: t * 1.5)]
     assert torch.equal(edited, model.run_with_hooks(*variant.inputs, fwd_hooks=returned))
     assert not torch.allclose(edited, model(*variant.inputs))
+
+
+class TwoNames(HookedRootModule):
+    """A module of TransformerLens with our points: two names for one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.hook_one, self.hook_two = HookPoint(), HookPoint()
+        self.setup()
+
+    def forward(self, x):
+        return self.hook_two(self.hook_one(x)) + 1
+
+
+def test_the_public_hook_point_protects_caches_in_a_module_of_transformer_lens():
+    model, x = TwoNames(), torch.rand(2, 3, 5)
+    with model.hooks([("hook_two", zero_in_place)]):
+        out, cache = model.run_with_cache(x)
+    assert torch.equal(cache["hook_one"], x)
+    assert torch.equal(out, torch.ones(2, 3, 5))
 
 
 def test_the_next_block_cannot_reach_into_the_cached_output_of_the_last(deep):
