@@ -95,7 +95,7 @@ attention_heads(best, [str(t) for t in tokens[0].tolist()], mask="causal", title
 profile = kernel_profile(caches["convolution"])
 print(profile)
 fig, ax = plt.subplots(figsize=(5, 3))
-draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
+draw_kernel_profile(ax, profile)
 fig.tight_layout()
 
 # %% [markdown]

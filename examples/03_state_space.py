@@ -113,7 +113,7 @@ attention_heads(
 profile = kernel_profile(cache)
 print(profile)
 fig, ax = plt.subplots(figsize=(4, 3))
-draw_kernel_profile(ax, profile.records(), null=profile.null_rms, null_high=profile.null_high)
+draw_kernel_profile(ax, profile)
 fig.tight_layout()
 
 # %% [markdown]
