@@ -72,6 +72,8 @@ def test_reconstruction_of_the_gated_output(rule):
         assert bias.abs().max() > 1e-4
         by_matrix = torch.einsum("bcij,bjc->bic", mixing.dense(), x) + bias
         assert (by_matrix - gated).abs().max() < 1e-10
+        some = mixing.channels(2, 5).reconstruct(x[..., 2:5])
+        assert (some - gated[..., 2:5]).abs().max() < 1e-10
 
 
 def test_without_a_skip_there_is_none():

@@ -172,6 +172,8 @@ def test_the_null_of_coherence_is_the_mean_over_the_other_pairs():
     others = [math.cos(a - b) for a in (0.1, 1.0) for b in (2.0, 0.3, 1.7, 0.5)]
     assert found.null[0].item() == pytest.approx(sum(others) / 8, abs=1e-6)
     assert found.values.isnan().tolist() == found.null.isnan().tolist() == [False, False, True]
+    single = segment_coherence(["12", "3"], segment=1, embedder=Turning())
+    assert single.values[0].item() == pytest.approx(math.cos(1), abs=1e-6)
 
 
 def test_a_text_too_short_to_embed_is_nan():
