@@ -50,7 +50,7 @@ ELSEWHERE = (
     "test_time_per_element",
 )
 HEAVY = ("scipy.stats", "scipy.optimize", "pandas", "sacrebleu.metrics.bleu")  # loaded before forks
-AT_MOST = 8.0  # processor seconds of tests for one change, the cheapest first
+AT_MOST = 20.0  # processor seconds of tests for one change, the cheapest first
 NOTICED = ("killed", "timeout")
 
 
@@ -76,18 +76,18 @@ def drawn(count: int, seed: int, sources: dict[str, bytes]) -> list[Mutant]:
 
 def sample_of(
     count: int, seed: int, packages: list[str], sources: dict[str, bytes], work: Path
-) -> list[Mutant]:
-    """The changes drawn when the work folder first saw this seed, as far as they still exist."""
+) -> dict[str, Mutant | None]:
+    """The changes drawn when the work folder first saw this seed; None for one that is gone."""
     some = [] if packages == list(PACKAGES) else packages
     file = work / f"sample-{'-'.join([str(seed), str(count), *some])}.json"
     if not file.exists():
         allowed = {path: text for path, text in sources.items() if _package(path) in packages}
         file.write_text(json.dumps([m.key for m in drawn(count, seed, allowed)], indent=0))
     every = {m.key: m for path, text in sources.items() for m in mutants_of(path, text)}
-    keys = json.loads(file.read_text())
-    gone = [key for key in keys if key not in every]
+    sample = {key: every.get(key) for key in json.loads(file.read_text())}
+    gone = [key for key, mutant in sample.items() if mutant is None]
     print(f"{len(gone)} changes drawn before are of code that is no more", *gone, sep="\n  ")
-    return [every[key] for key in keys if key in every]
+    return sample
 
 
 def drawn_before(seed: int, work: Path) -> set[str]:
@@ -381,12 +381,12 @@ def accepted() -> dict[str, str]:
     return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
 
-def score(found: list[tuple[Mutant, dict[str, Any]]], reasons: dict[str, str]) -> dict[str, Any]:
+def score(found: dict[str, str], reasons: dict[str, str]) -> dict[str, Any]:
     """Noticed of all that make a difference, with the exact binomial interval."""
     from smearlens.analysis.stats import proportion_interval
 
-    counted = [(m, o) for m, o in found if o["outcome"] in NOTICED or m.key not in reasons]
-    noticed = sum(o["outcome"] in NOTICED for _, o in counted)
+    counted = [key for key, outcome in found.items() if outcome in NOTICED or key not in reasons]
+    noticed = sum(found[key] in NOTICED for key in counted)
     if not counted:
         return {"tried": len(found)}
     low, high = proportion_interval(noticed, len(counted))
@@ -397,23 +397,29 @@ def score(found: list[tuple[Mutant, dict[str, Any]]], reasons: dict[str, str]) -
     }  # fmt: skip
 
 
-def summary(sample: list[Mutant], work: Path, seed: int, which: int) -> dict[str, Any]:
-    """One sample in figures; `which` is 0 for first outcomes and -1 for last ones."""
+def summary(keys: list[str], work: Path, seed: int, which: int) -> dict[str, Any]:
+    """Changes of one sample in figures; `which` is 0 for first outcomes and -1 for last ones."""
     log, reasons = outcomes(work, seed), accepted()
-    found = [(m, log[m.key][which]) for m in sample if m.key in log]
-    found = [(m, o) for m, o in found if o["outcome"] != "not applied"]
+    found = {key: log[key][which]["outcome"] for key in keys if key in log}
+    found = {key: outcome for key, outcome in found.items() if outcome != "not applied"}
     parts = {
         name: score(part, reasons)
         for name in PACKAGES
-        if (part := [(m, o) for m, o in found if _package(m.path) == name])
+        if (part := {key: found[key] for key in found if _package(key) == name})
     }
-    survivors = [
+    return {"seed": seed, **score(found, reasons), "packages": parts}
+
+
+def survivors(mutants: list[Mutant], work: Path, seed: int) -> list[dict[str, Any]]:
+    """Those that no test noticed when last tried, in the order of the sources."""
+    log, reasons = outcomes(work, seed), accepted()
+    last = {key: entries[-1]["outcome"] for key, entries in log.items()}
+    return [
         {"where": f"{m.path}:{m.line}", "function": m.function, "operator": m.operator,
          "change": f"{m.before} -> {m.after}", "accepted": reasons.get(m.key)}
-        for m, o in sorted(found, key=lambda pair: (pair[0].path, pair[0].line))
-        if o["outcome"] not in NOTICED
+        for m in sorted(mutants, key=lambda m: (m.path, m.line))
+        if last.get(m.key) == "survived"
     ]  # fmt: skip
-    return {"seed": seed, **score(found, reasons), "packages": parts, "survivors": survivors}
 
 
 def main() -> None:
@@ -433,11 +439,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     sources, log, reasons = read_sources(), outcomes(work, given.seed), accepted()
     sample = sample_of(given.sample, given.seed, given.packages, sources, work)
+    mutants = [mutant for mutant in sample.values() if mutant is not None]
     if given.again:
         last = {key: entries[-1]["outcome"] for key, entries in log.items()}
-        todo = [m for m in sample if last.get(m.key) == "survived" and m.key not in reasons]
+        todo = [m for m in mutants if last.get(m.key) == "survived" and m.key not in reasons]
     else:
-        todo = [m for m in sample if m.key not in log]
+        todo = [m for m in mutants if m.key not in log]
     print(f"{len(todo)} of {len(sample)} changes to try", flush=True)
     if todo:
         options = ["-q", "-s", "-p", "no:randomly", "-p", "no:xdist", "--no-header"]
@@ -446,12 +453,12 @@ def main() -> None:
             plugins=[Forked(work, given.seed, sources, todo, given.seconds)],
         )
     before = drawn_before(given.seed, work)
-    once = summary([m for m in sample if m.key not in before], work, given.seed, 0)
-    now = summary(sample, work, given.seed, -1)
+    once = summary([key for key in sample if key not in before], work, given.seed, 0)
+    now = summary([m.key for m in mutants], work, given.seed, -1)
+    print("at first", once, "now", now, sep="\n")
+    now["survivors"] = survivors(mutants, work, given.seed)
     for entry in now["survivors"]:
         print(entry["where"], entry["function"], entry["change"], "|", entry["accepted"] or "")
-    for said, found in (("at first", once), ("now", now)):
-        print(said, {key: value for key, value in found.items() if key != "survivors"})
     if given.name:
         options = f"--sample {given.sample} --seed {given.seed} --name {given.name}"
         if given.packages != list(PACKAGES):
@@ -468,7 +475,6 @@ def write(name: str, sample: dict[str, Any]) -> None:
     result["changes"] = dict.fromkeys(PACKAGES, 0)
     for path, text in sources.items():
         result["changes"][_package(path)] += len(mutants_of(path, text))
-    sample["at_first"].pop("survivors")
     result["samples"][name] = sample
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
