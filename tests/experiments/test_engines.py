@@ -68,7 +68,7 @@ import subprocess
 from smearlens.experiments.engines import run_elsewhere
 
 if __name__ == "__main__":
-    shells = ["sh", "sh", "-c", "-c", "touch one; exec sleep 99", "touch two; exec sleep 99"]
+    shells = ["sh", "sh", "-c", "-c", *(f"echo $PPID > {f}; exec sleep 99" for f in "ab")]
     run_elsewhere(subprocess.run, shells, jobs=2)
 """
 
@@ -79,10 +79,14 @@ def test_ctrl_c_ends_the_workers_in_silence(tmp_path):
         [sys.executable, "waiting.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    while not ((tmp_path / "one").exists() and (tmp_path / "two").exists()):
+    files = [tmp_path / "a", tmp_path / "b"]
+    while not all(file.exists() and file.read_text() for file in files):
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    for file in files:  # a terminal tells all of them, in whatever order
+        os.kill(int(file.read_text()), signal.SIGINT)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1  # of the script itself
     assert "Process" not in said
