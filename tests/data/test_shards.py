@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from smearlens.data.batches import TokenBatches, evaluation_windows
 from smearlens.data.corpora import CorpusError, load_corpus
 from smearlens.data.shards import ShardedTokens, _cut, open_shards, write_shards
+from smearlens.data.token_files import write_token_file
 from smearlens.data.tokenizers import ByteTokenizer, CharTokenizer, gpt2_tokenizer
 
 TEXT = load_corpus("tiny-shakespeare", max_chars=9_011).text
@@ -248,3 +249,11 @@ def test_what_cannot_be_tokenized_is_named(tmp_path):
     for paths, sizes, error, message in cases:
         with pytest.raises(error, match=message):
             write_shards(tmp_path / "out", paths, ByteTokenizer(), **sizes)
+
+
+@pytest.mark.parametrize("chunk", [torch.tensor([1.7]), torch.tensor([[1, 2], [3, 4]])])
+def test_chunks_of_another_kind_do_not_reach_the_file(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="int tensors of one axis"):
+        write_token_file(tmp_path / "tokens", [chunk], 5)
+    assert not (tmp_path / "tokens").exists()

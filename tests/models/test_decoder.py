@@ -8,7 +8,7 @@ import torch
 from tests.models.zoo import SIZES, TOKENS
 from torch import nn
 
-from smearlens import AttnAttn, AttnAttnConfig, CharTokenizer, ConvAttn, ConvAttnConfig
+from smearlens import AttnAttn, AttnAttnConfig, CharTokenizer, ConvAttn, ConvAttnConfig, Mamba
 from smearlens.models.decoder import next_token_loss
 
 
@@ -269,3 +269,52 @@ def test_texts_become_tokens_with_the_tokenizer_of_the_model(model):
     assert model(model.to_tokens("a bed")).shape == (1, 5, 11)
     with pytest.raises(ValueError, match=re.escape("got [2, 3] tokens: cut them to one length")):
         model.to_tokens(["ab", "bed"])
+
+
+# What a call leaves behind ---------------------------------------------------------------------
+
+
+def test_a_call_that_fails_leaves_the_state_as_it_was():
+    model = AttnAttn.from_preset("cpu").eval()
+    tokens, state = torch.randint(64, (2, 7)), {}
+
+    def fail(x, hook):
+        raise RuntimeError("stop")
+
+    pieces = [model(tokens[:, :3], state=state)]
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        model(tokens[:, 3:4], "loss", state=state)
+    with pytest.raises(RuntimeError, match="stop"), model.hooks([("blocks.1.hook_attn_out", fail)]):
+        model(tokens[:, 3:], state=state)
+    pieces.append(model(tokens[:, 3:], state=state))
+    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
+
+
+def test_samples_of_ties_and_of_tiny_temperatures():
+    model = AttnAttn.from_preset("cpu").eval()
+    torch.nn.init.zeros_(model.unembed.weight)
+    tokens, generator = torch.randint(64, (2, 7)), torch.Generator().manual_seed(0)
+    one = model.generate(tokens, 5, top_k=1, generator=generator)[:, 7:]
+    assert len(one.unique()) == 1
+    torch.nn.init.normal_(model.unembed.weight)
+    cold = model.generate(tokens, 5, temperature=1e-38, generator=generator)
+    assert torch.equal(cold, model.generate(tokens, 5, temperature=0))
+
+
+def test_an_unembedding_of_another_class_is_not_bypassed():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = AttnAttn.from_preset("cpu", d_vocab=9001)
+    model.unembed = Twice(64, 9001, bias=False)
+    tokens = torch.randint(9001, (2, 7))
+    torch.testing.assert_close(model(tokens, "loss"), model(tokens, "both")[1])
+
+
+@pytest.mark.parametrize("family", [ConvAttn, AttnAttn, Mamba])
+def test_models_run_without_values_and_export(family):
+    model, tokens = family.from_preset("cpu").eval(), torch.randint(64, (2, 7))
+    exported = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(exported(tokens), model(tokens))
+    assert model.to("meta")(tokens.to("meta")).shape == (2, 7, 64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smearlens.nn.attention import Attention
+from smearlens.nn.conv import depthwise_conv, depthwise_conv_plain
 from smearlens.nn.layers import MLP
 from smearlens.nn.scan import selective_scan, selective_scan_plain
 from smearlens.nn.scan_variants import linear_scan
@@ -71,3 +72,38 @@ def test_the_gradient_of_a_gradient_knows_the_rule_and_the_state_before(rule):
         return torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
 
     torch.testing.assert_close(second(selective_scan), second(selective_scan_plain))
+
+
+def test_a_gradient_of_a_gradient_when_inputs_depend_on_each_other():
+    """The same kernel twice: the input of the second convolution is made with its weight."""
+    sizes = (2, 7, 3), (3, 4), (3,)
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes)
+
+    def found(conv, create_graph):
+        y = conv(conv(x, w, b), w, b).pow(2).sum()
+        return torch.autograd.grad(y, (x, w, b), create_graph=create_graph)
+
+    expected = found(depthwise_conv_plain, False)
+    for create_graph in (False, True):
+        torch.testing.assert_close(found(depthwise_conv, create_graph), expected)
+
+
+def test_only_the_read_out_is_differentiated_twice():
+    u, delta, B = torch.randn(2, 5, 3), torch.rand(2, 5, 3), torch.randn(2, 5, 4)
+    C = torch.randn(2, 5, 4, requires_grad=True)
+    y, state = selective_scan(u, delta, -torch.rand(3, 4), B, C)
+    (first,) = torch.autograd.grad(y.pow(2).sum() + state.sum(), C, create_graph=True)
+    assert torch.autograd.grad(first.sum(), C)[0].isfinite().all()
+
+
+def test_decay_rates_are_as_precise_as_the_layer():
+    layer = SelectiveSSM(5, d_state=3, dt_rank=2).double()
+    layer.A_log.data = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(layer.A, -layer.A_log.exp())
+    assert layer.half().A.dtype == torch.float32
+
+
+def test_convolutions_of_a_layer_on_its_own_do_not_share_a_state():
+    layer, x, state = Attention(6, 2, conv_on=("q", "k", "v")), torch.randn(2, 7, 6), {}
+    pieces = [layer(piece, state=state) for piece in x.split([3, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), layer(x))

@@ -254,3 +254,14 @@ def test_the_progress_bar_shows_loss_speed_and_time_left(make_model, data, monke
     assert "tokens/s" in shown["1"]
     assert "12/12" in shown["1"]
     assert shown["0"] == ""
+
+
+def test_the_environment_does_not_scale_gradients(make_model, data, monkeypatch):
+    norms = []
+    for steps in (None, "4"):
+        if steps:
+            monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        norms.append(
+            [row["grad_norm"] for row in train(make_model(), data, config()).log("metrics")]
+        )
+    assert norms[0] == norms[1]

@@ -157,3 +157,10 @@ def test_the_fingerprint_of_a_batch_sees_names_types_shapes_and_values():
     found = {first_batch_sha256(batch) for batch in (base, *others)}
     assert len(found) == 5
     assert first_batch_sha256(dict(reversed(base.items()))) in found
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / ".mine.tmp").mkdir()
+    (tmp_path / ".mine.tmp" / "notes").write_text("kept")
+    RunFolder(tmp_path, {}).close()
+    assert (tmp_path / ".mine.tmp" / "notes").read_text() == "kept"

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from smearlens._explain import describe
 from smearlens.data.corpora import CorpusError
 
 _FORMAT = "smearlens tokens 1"
@@ -92,6 +93,8 @@ def open_token_file(path: str | Path, *, verify: bool = True) -> TokenFile:
 
 
 def _packed(chunk: Int[Tensor, " _"], d_vocab: int, dtype: str) -> bytes:
+    if not isinstance(chunk, Tensor) or chunk.ndim != 1 or "int" not in str(chunk.dtype):
+        raise ValueError(f"chunks must be int tensors of one axis, got {describe(chunk)}")
     if len(chunk) and not 0 <= int(chunk.min()) <= int(chunk.max()) < d_vocab:
         ids = f"{int(chunk.min())}..{int(chunk.max())}"
         raise ValueError(f"chunks hold ids {ids}, outside the vocabulary 0..{d_vocab - 1}")

@@ -98,17 +98,19 @@ class Decoder(HookedModel):
         earlier = None if state is None else state.get("tokens")
         past = 0 if earlier is None else earlier.shape[1]
         self._check_tokens(tokens, earlier)
+        targets = None if return_type == "logits" else next_targets(tokens, loss_mask)
+        new = None if state is None else dict(state)  # `state` changes when all has gone well
         x = self.hook_embed(self.embed(tokens))
         if self.pos_embed is not None:
             x = x + self.hook_pos_embed(self._positions(past, tokens.shape[1]).expand_as(x))
         x = self.drop(x)
         for block in self.blocks:
-            x = block(x, state)
+            x = block(x, new)
         x = self.ln_final(x)
-        if state is not None:
-            state["tokens"] = tokens if earlier is None else torch.cat((earlier, tokens), 1)
-        if return_type == "loss" and self.streams_loss:
-            targets = next_targets(tokens, loss_mask)
+        if state is not None and new is not None:
+            new["tokens"] = tokens if earlier is None else torch.cat((earlier, tokens), 1)
+            state.update(new)
+        if targets is not None and return_type == "loss" and self.streams_loss:
             kept = targets != NO_TARGET
             return streamed_loss(x[:, :-1][kept], self.unembed.weight, targets[kept])
         logits = self.unembed(x)
@@ -124,6 +126,8 @@ class Decoder(HookedModel):
         `nn.large_vocab.streamed_loss` then takes them chunk by chunk, and only where there is a
         target; "both" has its logits and the plain loss of them.
         """
+        if type(self.unembed) is not nn.Linear:  # a wrapped or replaced one has its own forward
+            return False
         plain = self.unembed.bias is None and not is_hooked(self.unembed)
         return plain and self.config.d_vocab >= LARGE_VOCAB
 
@@ -224,7 +228,8 @@ def check_tokens(
             f"{name} reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
             "shorten them or build the model with a larger n_ctx"
         )
-    if tokens.device.type == "cpu":
+    real = type(tokens) is Tensor and not torch.compiler.is_compiling()  # has values to look at
+    if real and tokens.device.type == "cpu":
         low, high = (int(t) for t in tokens.aminmax())
         if low < 0 or high >= config.d_vocab:
             raise ValueError(
@@ -277,6 +282,8 @@ def _sample(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        top = logits.topk(min(top_k, logits.shape[-1]))  # exactly k, whatever ties there are
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
+    below = logits - logits.amax(-1, keepdim=True)  # at most 0: no quotient overflows upwards
+    wide = below.to(torch.promote_types(below.dtype, torch.float32))
+    return torch.multinomial((wide / temperature).softmax(-1), 1, generator=generator)

@@ -50,6 +50,9 @@ class MambaConfig:
                 raise ValueError(f"{name} must be a positive int, got {getattr(self, name)!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("scale_delta", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         rule_named(self.rule)
         check_choice("a", self.a, ("learned", "minus-one"))
         check_choice("delta", self.delta, ("selective", "constant", "position"))

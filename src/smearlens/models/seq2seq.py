@@ -209,14 +209,15 @@ class Seq2Seq(HookedModel):
         known = None if state is None else state.get("memory")
         memory = self._encode(source, source_mask) if known is None else known
         past = 0 if earlier is None else earlier.shape[1]
-        read = {"memory": memory, "source_mask": source_mask, "state": state}
+        new = None if state is None else dict(state)  # `state` changes when all has gone well
+        read = {"memory": memory, "source_mask": source_mask, "state": new}
         logits = self.unembed(self.decoder(target, past, **read))
-        if state is not None:
-            state["memory"] = memory
-            state["target"] = target if earlier is None else torch.cat((earlier, target), 1)
+        loss = None if return_type == "logits" else next_token_loss(logits, target, loss_mask)
+        if state is not None and new is not None:
+            whole = target if earlier is None else torch.cat((earlier, target), 1)
+            state.update({**new, "memory": memory, "target": whole})
         if return_type == "logits":
             return logits
-        loss = next_token_loss(logits, target, loss_mask)
         return loss if return_type == "loss" else (logits, loss)
 
     @torch.no_grad()

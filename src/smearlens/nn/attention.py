@@ -69,6 +69,7 @@ class Attention(nn.Module):
         self.convs = tuple(conv_on)
         for role in self.convs:
             conv = DepthwiseConv(d_model, kernel_size, causal=conv_causal)
+            conv.name = f"conv_{role}"  # of a layer on its own; a model's setup() writes its path
             self.add_module(f"conv_{role}", conv)
         self.smear = KeySmear(n_heads) if smear else None
         self.rotary = Rotary(self.d_head) if rotary else None
@@ -183,7 +184,7 @@ class Attention(nn.Module):
         roles = dict(zip(("q", "k", "v"), parts, strict=True))
         for role in self.convs:
             roles[role] = self.get_submodule(f"conv_{role}")(roles[role], state=state)
-        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in roles.values())
+        q, k, v = (t.view(*t.shape[:2], -1, self.d_head) for t in roles.values())
         if self.smear is not None:
             k = self.smear(k, state=state)
         if self.rotary is not None:

@@ -49,7 +49,8 @@ def depthwise_conv(
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if x.device.type == "cpu" and dtype in (torch.float32, torch.float64):
+    fast = x.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    if fast and not torch.compiler.is_compiling():
         run = _TapByTap.apply if torch.is_grad_enabled() else _convolve  # apply takes 0.1 ms
         return run(x.contiguous(), weight, bias, future)
     return depthwise_conv_plain(x, weight, bias, future=future)
@@ -84,13 +85,12 @@ class _TapByTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, bias = ctx.saved_tensors
-        future, taps = ctx.future, weight.shape[1]
-        wants = ctx.needs_input_grad[:3]
+        (dy,), (x, weight, bias) = grads, ctx.saved_tensors
+        future, taps, wants = ctx.future, weight.shape[1], ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: someone differentiates this gradient
-            wanted = [t for t, want in zip((x, weight, bias), wants, strict=True) if want]
-            y = depthwise_conv_plain(x, weight, bias, future=future)
+            own: list = [t if t is None else t.view_as(t) for t in (x, weight, bias)]  # x may use w
+            wanted = [t for t, want in zip(own, wants, strict=True) if want]
+            y = depthwise_conv_plain(*own, future=future)
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(found) if want else None for want in wants), None
         dy = dy.contiguous()

@@ -239,7 +239,7 @@ def at_least_float32(*tensors: Float[Tensor, "..."]) -> tuple[Float[Tensor, "...
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which nothing is cast down; free where nothing would be."""
-    on = torch.is_autocast_enabled(device.type)
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 

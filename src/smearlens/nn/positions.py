@@ -25,7 +25,7 @@ def sinusoids(n_ctx: int, d_model: int) -> Float[Tensor, "pos d_model"]:
     table = torch.zeros(n_ctx, d_model, dtype=torch.float64)
     table[:, 0::2] = angle.sin()
     table[:, 1::2] = angle.cos()[:, : d_model // 2]
-    return table.float()
+    return table.to(torch.get_default_dtype())
 
 
 class Positions(nn.Module):

@@ -79,6 +79,8 @@ def selective_scan(
         >>> [round(value, 4) for value in y.flatten().tolist()]
         [0.6667, 0.8889, 0.963]
     """
+    if torch.compiler.is_compiling():  # the kernel writes to memory that it keeps
+        return selective_scan_plain(u, delta, A, B, C, rule=rule, initial_state=initial_state)
     _check(u, delta, A, B, C, initial_state)
     given, chosen = u.dtype, rule_named(rule)
     u, delta, A, B, C = at_least_float32(u, delta, A, B, C)
@@ -87,7 +89,8 @@ def selective_scan(
     inputs = (initial_state, u, delta, A, B, C)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with without_autocast(u.device):
-        y, final_state = _BlockedScan.apply(chosen.name, keep, *inputs)
+        run = _BlockedScan.apply if torch.is_grad_enabled() else _BlockedScan.forward
+        y, final_state, _ = run(chosen.name, keep, *inputs)
     return y.to(given), final_state
 
 
@@ -147,8 +150,8 @@ class _BlockedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rule: str, keep: bool, initial_state: Tensor | None, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        rule: str, keep: bool, initial_state: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
         final_state, kept = run_blocks(
             RULES[rule],
@@ -157,17 +160,23 @@ class _BlockedScan(torch.autograd.Function):
             y.transpose(0, 1),
             keep=keep,
         )
-        ctx.rule = rule
+        return y, final_state.mT.clone(memory_format=torch.contiguous_format), kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # apart, for torch.func
+        ctx.rule, _, *tensors = inputs
+        kept = output[2]
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, initial_state, *inputs)
-        return y, final_state.mT.clone(memory_format=torch.contiguous_format)
+        ctx.save_for_backward(kept, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, initial_state, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone wants the gradient of this gradient
-            return None, None, *_plain_gradients(ctx.rule, initial_state, inputs, grads)
-        d_y, d_final = grads
+            return None, None, *_plain_gradients(ctx.rule, initial_state, inputs, grads[:2])
+        d_y, d_final, _ = grads
         u, _, _, B, _ = inputs
         d_y = torch.zeros_like(u) if d_y is None else d_y
         d_state = u.new_zeros(u.shape[0], B.shape[2], u.shape[2])
@@ -198,7 +207,11 @@ def _plain_gradients(
     own = [x.view_as(x) for x in inputs]
     outputs = selective_scan_plain(*own, rule=rule, initial_state=first)
     asked = [x for x in (first, *own) if x is not None and x.requires_grad]
-    reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    reached = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        if grad is not None and out.requires_grad  # the last state does not depend on C
+    ]
     values = torch.autograd.grad(
         [out for out, _ in reached],
         asked,

@@ -110,11 +110,12 @@ def _scratch(like: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     if like.device.type != "cpu" or type(like) is not Tensor or count > SCRATCH_ELEMENTS:
         memory = like.new_empty(count)
     else:
-        memory = getattr(_kept, str(like.dtype), None)
+        name = str(like.dtype).removeprefix("torch.")  # torch.compile takes no dotted name
+        memory = getattr(_kept, name, None)
         if memory is None or len(memory) < count:
             with torch.inference_mode(False):  # or no later call could write to it
                 memory = torch.empty(count, dtype=like.dtype)
-            setattr(_kept, str(like.dtype), memory)
+            setattr(_kept, name, memory)
     parts = memory[:count].split(sizes)
     return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

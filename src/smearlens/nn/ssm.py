@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smearlens._hooks import HookPoint, is_hooked
-from smearlens.nn.discretize import discretize, rule_named
+from smearlens.nn.discretize import (
+    at_least_float32,
+    discretize,
+    rule_named,
+    without_autocast,
+)
 from smearlens.nn.scan import selective_scan, selective_step
 from smearlens.nn.scan_variants import linear_scan
 
@@ -38,7 +43,7 @@ class SelectiveSSM(nn.Module):
         d_inner: channels
         d_state: states per channel
         dt_rank: rank of the map that makes Δ
-        rule: discretisation, "mamba", "zoh" or "bilinear"
+        rule: discretisation, "mamba", "zoh", "bilinear" or "bilinear-clamped"
         a: "learned" (A = -exp(A_log), started at -1, -2, …) or "minus-one" (A = -1 throughout, so
             that Δ alone decides what is kept)
         delta: "selective" (from the token), "constant" (one learned Δ per channel), "position"
@@ -71,7 +76,7 @@ class SelectiveSSM(nn.Module):
         self._add_delta_weights(d_inner, dt_rank, n_ctx)
         self.D = nn.Parameter(torch.ones(d_inner))
         if a == "learned":
-            steps = torch.arange(1, d_state + 1, dtype=torch.float32)
+            steps = torch.arange(1, d_state + 1)
             self.A_log = nn.Parameter(steps.log().repeat(d_inner, 1))
         else:  # one decay for all states of a channel: A_bar keeps an axis of size 1
             self.register_buffer("A_log", torch.zeros(d_inner, 1))
@@ -90,7 +95,7 @@ class SelectiveSSM(nn.Module):
     @property
     def A(self) -> Float[Tensor, "channel d_decay"]:
         """The negative decay rates; [channel 1] where all states share one."""
-        return -self.A_log.float().exp()
+        return -at_least_float32(self.A_log)[0].exp()
 
     @property
     def path(self) -> str:
@@ -169,7 +174,9 @@ class SelectiveSSM(nn.Module):
         method = "sequential" if self.method == "fused" else self.method
         states, last = linear_scan(A_bar, write, initial_state=first, method=method)
         states = self.hook_state(states)
-        return torch.einsum("bpcn,bpn->bpc", states, C.to(states.dtype)).to(u.dtype), last
+        with without_autocast(u.device):  # as the fused path
+            y = torch.einsum("bpcn,bpn->bpc", states, C.to(states.dtype))
+        return y.to(u.dtype), last
 
 
 def _delta_bias(d_inner: int, low: float = 1e-3, high: float = 0.1) -> Tensor:

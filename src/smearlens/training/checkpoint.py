@@ -207,8 +207,9 @@ def prune_checkpoints(parent: Path, keep: int | None) -> None:
 
 def remove_litter(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for kind in (".step-*.tmp", ".config.json.*.tmp"):  # and nothing of anybody else
+        for path in folder.glob(kind):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def versions() -> dict[str, Any]:

@@ -65,7 +65,9 @@ def text_loss(
     if n_characters is not None and n_characters < 1:
         raise ValueError(f"n_characters must be at least 1, or None, got {n_characters}")
     device = next(model.parameters()).device
-    windows = evaluation_windows(tokens, length or model.config.n_ctx, batch_size)
+    windows = evaluation_windows(
+        tokens, model.config.n_ctx if length is None else length, batch_size
+    )
     total, n_targets = 0.0, 0
     with observing(model):
         for window in windows:

@@ -61,6 +61,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     accelerator = Accelerator(
         mixed_precision=precision, gradient_accumulation_steps=config.accumulation
     )
+    # an ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would win over the argument
+    accelerator.gradient_accumulation_steps = config.accumulation
     if precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
             f"precision='fp16' needs a GPU, and the device is {accelerator.device}; "
