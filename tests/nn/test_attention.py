@@ -212,12 +212,28 @@ def test_wrong_layers_are_explained(unchecked):
             Attention(6, n_heads)
     with pytest.raises(ValueError, match="conv_on takes 'q', 'k' and 'v', got 'stream'"):
         Attention(6, 2, conv_on=("q", "stream"))
+    with pytest.raises(
+        ValueError, match=r"conv_on=\('q', 'q'\) names 'q' twice; each role has one"
+    ):
+        Attention(6, 2, conv_on=("q", "q"))
     with pytest.raises(ValueError, match="kernel_size must be at least 1, got 0"):
         Attention(6, 2, conv_on=("q",), kernel_size=0)
     with pytest.raises(ValueError, match="rotary positions need an even d_head, got 3; change n_h"):
         Attention(6, 2, rotary=True)
     with pytest.raises(ValueError, match="build the layer with causal=False for cross attention"):
         Attention(6, 2)(torch.zeros(1, 2, 6), torch.zeros(1, 3, 6))
+
+
+def test_self_attention_that_reads_ahead_keeps_no_state():
+    layer, x, state = Attention(6, 2, causal=False), torch.randn(2, 5, 6), {}
+    with pytest.raises(
+        ValueError, match=r"causal=False reads keys that do not exist yet: .* state=None"
+    ):
+        layer(x[:, :3], state=state)
+    assert state == {}
+    whole = layer(x, x)  # of a source, there before the first query, each piece sees all
+    pieces = [layer(piece, x, state=state) for piece in x.split(2, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
 
 
 @pytest.mark.parametrize(

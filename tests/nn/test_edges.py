@@ -1,5 +1,6 @@
 """Corners of layers: the smallest sizes, and which weights exist."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -107,3 +108,36 @@ def test_convolutions_of_a_layer_on_its_own_do_not_share_a_state():
     layer, x, state = Attention(6, 2, conv_on=("q", "k", "v")), torch.randn(2, 7, 6), {}
     pieces = [layer(piece, state=state) for piece in x.split([3, 1, 3], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"a": "Learned"}, r"a must be one of \['learned', 'minus-one'\], got 'Learned'"),
+        (
+            {"delta": "foo"},
+            r"delta must be one of \['selective', 'constant', 'position'\], got 'foo'",
+        ),
+        ({"method": "foo"}, r"method must be one of \['fused', 'sequential', .*\], got 'foo'"),
+        ({"delta": "position"}, "delta='position' needs n_ctx, the number of positions, got 0"),
+    ],
+)
+def test_a_state_space_layer_that_cannot_run_is_not_made(options, message):
+    jaxtyping.config.update("jaxtyping_disable", True)  # as for a user: our own messages come out
+    try:
+        with pytest.raises(ValueError, match=message):
+            SelectiveSSM(5, d_state=3, dt_rank=2, **options)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_positions_are_counted_by_the_tokens_of_a_state():
+    layer = SelectiveSSM(5, d_state=3, dt_rank=2, delta="position", n_ctx=7)
+    u, gate = torch.randn(2, 2, 7, 5)
+    whole, state = layer(u, gate), {}
+    first = layer(u[:, :3], gate[:, :3], state=state)
+    with pytest.raises(ValueError, match="no 'tokens' that count them, and delta='position' needs"):
+        layer(u[:, 3:], gate[:, 3:], state=state)
+    state["tokens"] = torch.zeros(2, 3, dtype=torch.int64)
+    rest = layer(u[:, 3:], gate[:, 3:], state=state)
+    torch.testing.assert_close(torch.cat((first, rest), 1), whole)

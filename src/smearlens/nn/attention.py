@@ -61,6 +61,8 @@ class Attention(nn.Module):
         for role in conv_on:
             if role not in ("q", "k", "v"):
                 raise ValueError(f"conv_on takes 'q', 'k' and 'v', got {role!r}")
+            if list(conv_on).count(role) > 1:
+                raise ValueError(f"conv_on={conv_on!r} names {role!r} twice; each role has one")
         self.n_heads, self.causal, self.bias = n_heads, causal, bias
         self.name = ""  # the model's setup() writes the module's path here; it prefixes `state`
         self.d_head = d_model // n_heads
@@ -99,14 +101,20 @@ class Attention(nn.Module):
                 a source are projected once and read from there later
 
         Raises:
-            ValueError: if a causal layer is given a source, whose positions it cannot compare, or
-                a layer with convolutions, smearing or rotation a source and a state
+            ValueError: if a causal layer is given a source, whose positions it cannot compare, a
+                layer with causal=False a state without a source (later keys are part of what its
+                queries see), or one with convolutions, smearing or rotation a source and a state
         """
         self._check("x", x, x)
         if source is not None and self.causal:
             raise ValueError(
                 "source is another sequence, which has no past and no future here: "
                 "build the layer with causal=False for cross attention"
+            )
+        if source is None and state is not None and not self.causal:
+            raise ValueError(
+                "self-attention with causal=False reads keys that do not exist yet: run it on the "
+                "whole sequence with state=None, or build it with causal=True"
             )
         past = 0
         if source is None:

@@ -14,7 +14,7 @@ it and the projections around it (`models.mamba`).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ from smearlens.nn.discretize import (
     without_autocast,
 )
 from smearlens.nn.scan import selective_scan, selective_step
-from smearlens.nn.scan_variants import linear_scan
+from smearlens.nn.scan_variants import METHODS, linear_scan
 
 DeltaKind = Literal["selective", "constant", "position"]
 
@@ -51,6 +51,9 @@ class SelectiveSSM(nn.Module):
         scale_delta: divide Δ by √d_inner
         n_ctx: positions, for delta="position"
         method: "fused", or a method of `nn.scan_variants.linear_scan`
+
+    Raises:
+        ValueError: for another rule, a, delta or method, or delta="position" without n_ctx
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class SelectiveSSM(nn.Module):
     ):
         super().__init__()
         rule_named(rule)
+        _check_kinds(a, delta, method, n_ctx)
         self.name = ""  # the model's setup() writes the module's path here; it prefixes `state`
         self.d_state, self.dt_rank, self.rule, self.method = d_state, dt_rank, rule, method
         self.delta_kind, self.scale = delta, d_inner**-0.5 if scale_delta else 1.0
@@ -120,11 +124,21 @@ class SelectiveSSM(nn.Module):
         Args:
             u: input, after convolution and activation
             gate: the other half of the in-projection
-            state: where earlier tokens left the recurrence; read and updated
+            state: where earlier tokens left the recurrence; read and updated. With
+                delta="position" its "tokens" [batch earlier], which a model writes, count positions
+
+        Raises:
+            ValueError: if delta="position" and `state` holds earlier positions but no "tokens"
         """
         u = self.hook_u(u)
         first = None if state is None else state.get(f"{self.name}.state")
         past = 0 if state is None or "tokens" not in state else state["tokens"].shape[1]
+        if self.delta_kind == "position" and first is not None and not past:
+            raise ValueError(
+                "state holds earlier positions but no 'tokens' that count them, and "
+                "delta='position' needs their number: put the tokens so far [batch earlier] into "
+                "state['tokens'] after each piece, as a model does"
+            )
         low, B, C = self.x_proj(u).split([self.low, self.d_state, self.d_state], dim=-1)
         delta = self.hook_delta(self._delta(low, past))
         B, C = self.hook_B(B), self.hook_C(C)
@@ -177,6 +191,19 @@ class SelectiveSSM(nn.Module):
         with without_autocast(u.device):  # as the fused path
             y = torch.einsum("bpcn,bpn->bpc", states, C.to(states.dtype))
         return y.to(u.dtype), last
+
+
+def _check_kinds(a: str, delta: str, method: str, n_ctx: int) -> None:
+    """Raise a ValueError unless each names something there is, and positions have a number."""
+    for name, given, allowed in (
+        ("a", a, ("learned", "minus-one")),
+        ("delta", delta, get_args(DeltaKind)),
+        ("method", method, ("fused", *METHODS)),
+    ):
+        if given not in allowed:
+            raise ValueError(f"{name} must be one of {list(allowed)}, got {given!r}")
+    if delta == "position" and n_ctx < 1:
+        raise ValueError(f"delta='position' needs n_ctx, the number of positions, got {n_ctx}")
 
 
 def _delta_bias(d_inner: int, low: float = 1e-3, high: float = 0.1) -> Tensor:
