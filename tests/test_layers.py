@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "models": {"models", "nn", "_hooks"},
     "causal": {"causal", "models.base", "analysis", "data", "_hooks"},
-    "training": {"training", "models.base", "data", "analysis", "_hooks"},
+    "training": {"training", "models.base", "models.files", "data", "analysis", "_hooks"},
     "adapters": {"adapters", "analysis", "models"},  # weights become our models
     "viz": {"viz", "analysis"},
     "experiments": {

@@ -116,6 +116,26 @@ def test_a_save_that_fails_leaves_the_old_file(model, saved, monkeypatch):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.unembed.to(torch.float64),
+            r"not saved, .* \['torch.float32', 'torch.float64'\]",
+        ),
+        (
+            lambda m: m.embed.weight.data[3].fill_(torch.nan),
+            "a value in embed.weight that is not fin",
+        ),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_is_not_saved(model, tmp_path, change, message):
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 # Broken folders --------------------------------------------------------------------------------
 
 

@@ -266,7 +266,11 @@ class HookedModel(HookedRootModule):
 
     @explained
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json` (with its sha256) into `folder`."""
+        """Write `model.safetensors` and `config.json` (with its sha256) into `folder`.
+
+        Raises:
+            ValueError: for weights of several dtypes, or not finite; nothing is written
+        """
         save_folder(self, Path(folder))
 
     @classmethod

@@ -24,14 +24,30 @@ class ModelFileError(Exception):
     """A saved model that cannot be loaded: names the file, what was found, expected, a remedy."""
 
 
-def save_folder(model: Any, folder: Path) -> None:
-    """Write the weights of `model`, then `config.json` with their sha256."""
+def save_folder(model: Any, folder: Path, *, checked: bool = True) -> None:
+    """Write the weights of `model`, then `config.json` with their sha256.
+
+    Args:
+        model: what to save
+        folder: made if there is none
+        checked: whether weights that `load_folder` would refuse are refused here, before anything
+            is written
+
+    Raises:
+        TypeError: for a model that another one is saved for
+        ValueError: for weights of several dtypes, or not finite
+    """
     from safetensors.torch import save
 
     if model.save_instead:
         raise TypeError(f"a {type(model).__name__} is not saved: save {model.save_instead}")
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}  # untied
+    if checked and (found := _unloadable(weights)):
+        raise ValueError(
+            f"this {type(model).__name__} is not saved, it could not be loaded again: {found}; "
+            "model.to(torch.float32) makes the dtypes one, what is not finite must be trained again"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", save(weights))
     description = {
         "schema": SCHEMA,
@@ -186,15 +202,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ModelFileError(f"{path}: not a safetensors file ({error}); {remedy}") from error
+    if found := _unloadable(state):
+        raise ModelFileError(f"{path}: {found}; {remedy}")
+    return state
+
+
+def _unloadable(state: dict[str, Tensor]) -> str:
+    """What keeps these weights from being loaded; nothing if they are finite and of one dtype."""
     dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         found = sorted(str(dtype) for dtype in dtypes)
-        raise ModelFileError(
-            f"{path}: found weights of {found}, expected one floating dtype; {remedy}"
-        )
+        return f"found weights of {found}, expected one floating dtype"
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise ModelFileError(
-                f"{path}: found a value in {name} that is not finite, expected none; {remedy}"
-            )
-    return state
+            return f"found a value in {name} that is not finite, expected none"
+    return ""

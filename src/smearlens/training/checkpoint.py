@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from smearlens._files import sync_folder, write_atomically
 from smearlens.models.base import HookedModel
+from smearlens.models.files import save_folder
 
 SCHEMA = 1  # of manifest.json and trainer.pt
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -225,7 +226,7 @@ def _packages() -> dict[str, str]:
 
 def _write_weights(folder: Path, model: nn.Module) -> None:
     if isinstance(model, HookedModel):
-        model.save_pretrained(folder)
+        save_folder(model, folder, checked=False)  # a run resumes with any dtypes; nan: `nonfinite`
         return
     from safetensors.torch import save
 
