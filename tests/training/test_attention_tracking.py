@@ -377,3 +377,26 @@ def test_a_model_without_attention_is_refused(text, generator):
     metric = AttentionTracking(text, generator=generator)
     with pytest.raises(ValueError, match="Mamba has no self-attention to track"):
         metric(Mamba.from_preset("cpu"))
+
+
+class Reached(Exception):
+    """The model was called."""
+
+
+def test_tokens_follow_the_model_to_its_device(model, text, generator, monkeypatch):
+    tracking = AttentionTracking(text, generator=generator, repeats=text, untrained=model)
+    written = GenerationTracking(text[:, :3], 5, generator=generator)
+    seen = []
+
+    def called(tokens, *args, **options):
+        seen.append(tokens.device.type)
+        raise Reached
+
+    monkeypatch.setattr(model, "run_with_cache", called)
+    monkeypatch.setattr(model, "generate", called)
+    model.to("meta")  # a device that every machine has
+    looks = (tracking._on_text, tracking._on_shuffled, tracking._on_repeats, written)
+    for look in (*looks, lambda _: tracking._of_untrained()):
+        with pytest.raises(Reached):
+            look(model)
+    assert seen == ["meta"] * 5

@@ -200,6 +200,34 @@ def test_a_plateau_lowers_the_rate(make_model, data):
         train(make_model(), data, plan, evaluate=lambda model: {"accuracy": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (None, TypeError, r"evaluate must return numbers by name, as in \{'loss': 1.5\}, got None"),
+        (
+            {"step": 3},
+            ValueError,
+            "evaluate returned a value called 'step', which is the row's own",
+        ),
+        (
+            {"f1": torch.ones(2, 3)},
+            TypeError,
+            r"evaluate returned torch.float32 \[2, 3\] as 'f1', wh",
+        ),
+    ],
+)
+def test_an_evaluation_that_makes_no_row_is_explained(make_model, data, found, error, message):
+    with pytest.raises(error, match=message):
+        train(make_model(), data, config(), evaluate=lambda model: found)
+
+
+def test_a_callback_does_not_write_into_the_logs_of_training(make_model, data):
+    with pytest.raises(ValueError, match="are training's own logs"):
+        train(
+            make_model(), data, config(), callbacks=[lambda m: m.write("metrics", {"step": m.step})]
+        )
+
+
 class Impure:
     def batch(self, step):
         return {"tokens": torch.randint(13, (3, 5))}

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -164,3 +165,50 @@ def test_hidden_files_of_others_are_left_alone(tmp_path):
     (tmp_path / ".mine.tmp" / "notes").write_text("kept")
     RunFolder(tmp_path, {}).close()
     assert (tmp_path / ".mine.tmp" / "notes").read_text() == "kept"
+
+
+def test_logs_of_no_run_are_not_taken_for_its_own(tmp_path):
+    (tmp_path / "tracking.jsonl").write_text('{"step": 7}\n')
+    with pytest.raises(RunConflictError, match=r"checkpoints or logs but no config\.json"):
+        RunFolder(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"loss": torch.tensor(1.5)},
+            r"row\['loss'\] of log 'mine' is torch.float32 \[\], .* float\(x\)",
+        ),
+        (
+            {"all": [1.0, float("nan")]},
+            r"row\['all'\] of log 'mine' is \[1.0, nan\], which JSON cannot",
+        ),
+        ({1.5, 2.5}, "a row of log 'mine' must be a dict, got {"),
+    ],
+)
+def test_a_row_that_is_no_json_is_explained(row, message):
+    logs = Logs(None, {})
+    jaxtyping.config.update("jaxtyping_disable", True)  # as for a user: our own messages come out
+    try:
+        with pytest.raises(TypeError, match=message):
+            logs.write("mine", row)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert logs.read("mine") == []
+
+
+def test_callbacks_write_into_logs_of_their_own(tmp_path):
+    logs = Logs(tmp_path / "run", {})
+    logs.folder.mkdir()
+    logs.write_for_callback("mine-2.0", {"step": 3})
+    for name in ("metrics", "evaluation", "timing"):
+        with pytest.raises(
+            ValueError, match=f"'{name}', ….*are training's own logs; give the rows"
+        ):
+            logs.write_for_callback(name, {"step": 3})
+    for name in ("../b", "a/b", "", ".hidden", "/a"):
+        with pytest.raises(ValueError, match="a log is named by letters, digits, '_', '-' and"):
+            logs.write_for_callback(name, {"step": 3})
+    logs.flush()
+    assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["mine-2.0.jsonl"]

@@ -1,5 +1,6 @@
 """Callbacks: they see the right model at the right time, and training does not notice them."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -97,7 +98,29 @@ def test_wrong_arguments_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("metric", [size, lambda model: {"step": 1.0}])
-def test_two_metrics_of_one_name_are_refused(make_model, data, metric):
+def test_two_metrics_of_one_name_are_refused(make_model, data):
     with pytest.raises(ValueError, match="two metrics of Tracker are called"):
+        train(make_model(), data, CONFIG, callbacks=[Tracker(size, size)])
+
+
+def nothing(model):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (nothing, TypeError, "metric nothing must return numbers by name, .*, got None"),
+        (lambda model: {"step": 1.0}, ValueError, "metric <lambda> returned a value called 'step'"),
+    ],
+)
+def test_a_metric_that_makes_no_row_is_explained(make_model, data, metric, error, message):
+    with pytest.raises(error, match=message):
         train(make_model(), data, CONFIG, callbacks=[Tracker(size, metric)])
+
+
+@pytest.mark.parametrize("at", [[100, 13], [-1], []])
+def test_a_tracker_none_of_whose_steps_comes_says_so_at_the_start(make_model, data, at):
+    message = rf"Tracker\(at={re.escape(str(sorted(at)))}\) would measure nothing: .* of 12 updates"
+    with pytest.raises(ValueError, match=message):
+        train(make_model(), data, CONFIG, callbacks=[Tracker(size, at=at)])

@@ -95,20 +95,21 @@ class AttentionTracking:
         return found | self._on_repeats(model)
 
     def _on_text(self, model: HookedModel) -> Numbers:
-        text = self.text[: self.windows]
+        text = _beside(model, self.text[: self.windows])
         logits, look = _look(model, text)
         found = look.statistics() | look.similarities()
         losses, scores = [per_token_loss(logits, text)], [icl_score(logits, text).values]
         for start in range(self.windows, len(self.text), self.windows):
-            rest = self.text[start : start + self.windows]
+            rest = _beside(model, self.text[start : start + self.windows])
             logits = model(rest)
             losses.append(per_token_loss(logits, rest))
             scores.append(icl_score(logits, rest).values)
         return found | self._losses(torch.cat(losses), torch.cat(scores))
 
     def _on_shuffled(self, model: HookedModel) -> Numbers:
-        logits, look = _look(model, self.shuffled)
-        return look.similarities() | {"icl_score": icl_score(logits, self.shuffled).mean()}
+        shuffled = _beside(model, self.shuffled)
+        logits, look = _look(model, shuffled)
+        return look.similarities() | {"icl_score": icl_score(logits, shuffled).mean()}
 
     def _losses(self, losses: Tensor, scores: Tensor) -> Numbers:
         fixed = losses.gather(1, self.positions.to(losses.device))[:, 0].tolist()
@@ -120,7 +121,9 @@ class AttentionTracking:
             return {}
         if self._null is None:
             with observing(self._untrained):
-                _, look = _look(self._untrained, self.text[: self.windows])
+                _, look = _look(
+                    self._untrained, _beside(self._untrained, self.text[: self.windows])
+                )
                 whole = look.statistics() | look.similarities()
             self._null = {name: value for name, value in whole.items() if "/head." not in name}
         return self._null
@@ -128,10 +131,11 @@ class AttentionTracking:
     def _on_repeats(self, model: HookedModel) -> Numbers:
         if self.repeats is None:
             return {}
-        logits, look = _look(model, self.repeats)
-        found = look.induction(self.repeats) | _under("repeats", look.statistics())
-        found["induction_loss"] = float(induction_loss(logits, self.repeats).nanmean())
-        found["induction_accuracy"] = float(induction_accuracy(logits, self.repeats).nanmean())
+        repeats = _beside(model, self.repeats)
+        logits, look = _look(model, repeats)
+        found = look.induction(repeats) | _under("repeats", look.statistics())
+        found["induction_loss"] = float(induction_loss(logits, repeats).nanmean())
+        found["induction_accuracy"] = float(induction_accuracy(logits, repeats).nanmean())
         return found
 
 
@@ -144,7 +148,7 @@ class GenerationTracking:
     Args:
         prompts: what to continue
         new_tokens: how many tokens to add to each
-        generator: its present state starts the samples of every look
+        generator: its present state starts the samples of every look; of the model's device
         temperature: of the samples
         top_k: sample among the k likeliest only
     """
@@ -166,7 +170,8 @@ class GenerationTracking:
         """Let `model` write, and look at it reading what it wrote."""
         generator = torch.Generator(self._device)
         generator.set_state(self._state)
-        tokens = model.generate(self.prompts, self.new_tokens, generator=generator, **self.options)
+        prompts = _beside(model, self.prompts)
+        tokens = model.generate(prompts, self.new_tokens, generator=generator, **self.options)
         _, look = _look(model, tokens, rows=slice(self.prompts.shape[1] - 1, -1))
         return _under("generated", look.statistics() | look.similarities())
 
@@ -228,6 +233,11 @@ def _look(
         )
     logits, cache = model.run_with_cache(tokens, names_filter=names)
     return logits, _Look(cache, rows)
+
+
+def _beside(model: HookedModel, tokens: Tensor) -> Tensor:
+    """The tokens on the device of the model, which training may have moved."""
+    return tokens.to(next(model.parameters()).device)
 
 
 def _of_heads(name: str, layer: str, values: Float[Tensor, "batch head"]) -> Numbers:

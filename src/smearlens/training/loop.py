@@ -40,7 +40,7 @@ from smearlens.training.randomness import (
 )
 from smearlens.training.run import Logs, RunFolder, first_batch_sha256, last_good_checkpoint
 from smearlens.training.schedule import Plateau, learning_rate
-from smearlens.training.tracking import Callback, Moment
+from smearlens.training.tracking import Callback, Moment, numbers_by_name
 from smearlens.training.update import DataSource, Updater, make_accelerator
 
 FLUSH_SECONDS = 1.0  # how often the logs on disk and the progress bar catch up
@@ -92,10 +92,12 @@ def train(
             batches s · a + i for i < a, with equal weight. Of several processes (`accelerate
             launch`) each takes its rows of them, so that their number changes no batch
         config: what decides the result; an existing folder must have been made with the same
-        out: folder of the run; None keeps the logs in memory and saves nothing
+        out: folder of the run; None keeps the logs in memory and saves nothing. A run that was
+            begun there goes on from its own weights, whatever those of `model` are now: another
+            initialisation is another run and needs another folder
         callbacks: called at every step, see `tracking.Callback`
-        evaluate: called in eval mode every `config.eval_every` updates; its "loss" drives a plateau
-            schedule
+        evaluate: called in eval mode every `config.eval_every` updates, returns numbers by name
+            (any but "step"); its "loss" drives a plateau schedule
 
     Raises:
         RunConflictError: if `out` holds another run (naming the fields that differ) or is in use
@@ -201,7 +203,7 @@ class _Run:
         if self.evaluate is None or (step % (every or last) and step != last):
             return
         with observing(self.model):
-            values = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            values = numbers_by_name("evaluate", self.evaluate(self.model))
         self.logs.write("evaluation", {"step": step, **values})
         if self.config.schedule == "plateau":
             if "loss" not in values:
@@ -214,8 +216,9 @@ class _Run:
         if not self.callbacks:
             return
         moment = Moment(
-            step=step, steps=self.config.steps, model=self.model, loss=loss, write=self.logs.write
-        )
+            step=step, steps=self.config.steps, model=self.model, loss=loss,
+            write=self.logs.write_for_callback,
+        )  # fmt: skip
         for callback in self.callbacks:
             callback(moment)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smearlens._explain import describe
 from smearlens._files import sync_folder, write_atomically
 from smearlens.training.checkpoint import (
     Checkpoint,
@@ -28,6 +30,7 @@ from smearlens.training.checkpoint import (
     versions,
 )
 
+OWN_LOGS = ("metrics", "evaluation", "timing")  # written by training itself, by nobody else
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -52,12 +55,35 @@ class Logs:
                 os.truncate(file, length)
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add a row of numbers and strings to log `name`; nan and inf become null."""
+        """Add a row of numbers and strings to log `name`; nan and inf become null.
+
+        Raises:
+            TypeError: for a row that is no dict, or a value that JSON cannot hold, naming its key
+        """
         try:
             line = _encode(row)
-        except ValueError:
-            line = _encode({key: _finite(value) for key, value in row.items()})
+        except (ValueError, TypeError):
+            line = _encode(_finite_row(name, row))
         self._lines.setdefault(name, []).append(line + "\n")
+
+    def write_for_callback(self, name: str, row: Mapping[str, Any]) -> None:
+        """`write` as callbacks have it: not into training's own logs, nor out of the folder.
+
+        Raises:
+            ValueError: for a name that is reserved or not plain
+            TypeError: as `write`
+        """
+        if name in OWN_LOGS:
+            raise ValueError(
+                f"write({name!r}, …): {list(OWN_LOGS)} are training's own logs; give the rows of a "
+                "callback another name, as in 'tracking'"
+            )
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(
+                f"write({name!r}, …): a log is named by letters, digits, '_', '-' and '.', as in "
+                "'tracking'; it becomes the file tracking.jsonl in the folder of the run"
+            )
+        self.write(name, row)
 
     def flush(self, *, sync: bool = False) -> dict[str, int]:
         """Append what was written since the last flush; returns the length of each log in bytes."""
@@ -93,7 +119,8 @@ class RunFolder:
     """The folder `path`, made or found, and held by this process until `close`.
 
     Raises:
-        RunConflictError: if it describes another run, holds files of no run, or is in use
+        RunConflictError: if it describes another run, holds checkpoints or logs of no run, or is in
+            use
     """
 
     def __init__(self, path: Path, description: dict[str, Any]):
@@ -125,7 +152,7 @@ class RunFolder:
     def _compare(self, description: dict[str, Any]) -> None:
         file = self.path / "config.json"
         if not file.exists():
-            if list_checkpoints(self.checkpoints) or (self.path / "metrics.jsonl").exists():
+            if list_checkpoints(self.checkpoints) or any(self.path.glob("*.jsonl")):
                 raise RunConflictError(
                     f"out={self.path}: has checkpoints or logs but no config.json that says of "
                     "what; give another folder, or delete this one"
@@ -211,6 +238,22 @@ def _differences(found: Any, given: Any, where: str = "") -> list[str]:
             for line in _differences(found.get(key), given.get(key), f"{where}.{key}".lstrip("."))
         ]
     return [] if found == given else [f"{where}: {found!r} there, {given!r} given"]
+
+
+def _finite_row(name: str, row: Any) -> dict[str, Any]:
+    """The row with null for nan and inf; a TypeError about what JSON cannot hold all the same."""
+    if not isinstance(row, Mapping):
+        raise TypeError(f"a row of log {name!r} must be a dict, got {describe(row)}")
+    finite = {key: _finite(value) for key, value in row.items()}
+    for key, value in finite.items():
+        try:
+            _encode({key: value})
+        except (ValueError, TypeError) as error:
+            raise TypeError(
+                f"row[{key!r}] of log {name!r} is {describe(value)}, which JSON cannot hold; pass "
+                "strings and numbers, as in float(x), or lists of finite ones, as in x.tolist()"
+            ) from error
+    return finite
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from smearlens._explain import explained
+from smearlens._explain import describe, explained
 from smearlens.training.randomness import observing
 
 MetricFunction = Callable[[nn.Module], Mapping[str, float]]
@@ -33,7 +33,7 @@ class Moment:
     steps: int  # updates in all
     model: nn.Module
     loss: float | None  # of the coming update, nats per target
-    write: Callable[[str, Mapping[str, Any]], None]  # write(name, row): adds a row to a log
+    write: Callable[[str, Mapping[str, Any]], None]  # write(name, row): adds a row to name.jsonl
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class Tracker:
     Args:
         *metrics: each `metric(model) -> {name: number}`; no two may share a name
         at: the steps, or every how many; None = `log_spaced`. The last step is always among them
-            unless steps are listed
+            unless steps are listed, of which the run must have one
 
     Example:
         >>> tracker = Tracker(lambda model: {"weight": float(model.weight.sum())}, at=100)
@@ -86,20 +86,35 @@ class Tracker:
         return step == steps or step % self.at == 0
 
     def __call__(self, moment: Moment) -> None:
-        """Measure if it is time to."""
+        """Measure if it is time to.
+
+        Raises:
+            ValueError: at step 0, if none of the steps in `at` will come; for a name given twice
+            TypeError: if a metric returns something else than numbers by name
+        """
+        if isinstance(self.at, frozenset) and moment.step == 0:
+            self._require_a_step(self.at, moment.steps)
         if not self.is_due(moment.step, moment.steps):
             return
         row: dict[str, float] = {"step": moment.step}
         with observing(moment.model):
             for metric in self.metrics:
-                values = {name: float(value) for name, value in metric(moment.model).items()}
+                name = getattr(metric, "__name__", type(metric).__name__)
+                values = numbers_by_name(f"metric {name}", metric(moment.model))
                 if twice := row.keys() & values.keys():
                     raise ValueError(
-                        f"two metrics of Tracker are called {sorted(twice)}; rename one "
-                        "('step' is taken)"
+                        f"two metrics of Tracker are called {sorted(twice)}; rename one"
                     )
                 row.update(values)
         moment.write("tracking", row)
+
+    @staticmethod
+    def _require_a_step(at: frozenset[int], steps: int) -> None:
+        if not any(0 <= step <= steps for step in at):
+            raise ValueError(
+                f"Tracker(at={sorted(at)}) would measure nothing: none of these steps is in a run "
+                f"of {steps} updates; list some of 0..{steps}, or leave `at` out"
+            )
 
 
 @explained
@@ -130,6 +145,32 @@ class GradientNorms:
                 **{name: norm for (name, _), norm in zip(named, norms, strict=True)},
             },
         )
+
+
+def numbers_by_name(source: str, found: Any) -> dict[str, float]:
+    """What a function of the caller's returned, as the columns of a row beside its "step".
+
+    Raises:
+        TypeError: for something else than a dict of numbers
+        ValueError: for a value called "step"
+    """
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"{source} must return numbers by name, as in {{'loss': 1.5}}, got {describe(found)}"
+        )
+    if "step" in found:
+        raise ValueError(
+            f"{source} returned a value called 'step', which is the row's own: rename it"
+        )
+    numbers = {}
+    for name, value in found.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{source} returned {describe(value)} as {name!r}, which is no single number"
+            ) from error
+    return numbers
 
 
 @cache
