@@ -181,6 +181,9 @@ CASES = {
     "mask of another shape": (
         run(TOKENS, "loss", loss_mask=torch.ones(2, 6).bool()), r"got torch.bool \[2, 6\]; True",
     ),
+    "mask of another shape, for logits": (
+        run(TOKENS, "logits", loss_mask=torch.ones(2, 6).bool()), r"got torch.bool \[2, 6\]; True",
+    ),
     "mask of everything": (
         run(TOKENS, "loss", loss_mask=torch.arange(7).expand(2, 7) < 1),
         "loss_mask keeps no target .position 0 is none.; the mean is undefined",

@@ -335,6 +335,10 @@ def test_a_wrong_configuration_is_refused(changes, message, unchecked):
         ({"source_mask": torch.ones(4, 6)}, "source_mask must be a bool tensor .*float32"),
         ({"source_mask": torch.zeros(4, 6).bool()}, "source_mask must keep a token of every"),
         ({"loss_mask": torch.zeros(4, 7).bool()}, "loss_mask keeps no target"),
+        (
+            {"loss_mask": torch.ones(4, 6).bool(), "return_type": "logits"},
+            r"loss_mask must be a bool tensor \[4, 7\] as the tokens are, got torch.bool \[4, 6\]",
+        ),
         ({"return_type": "nats"}, "return_type must be one of .*'nats'"),
     ],
 )
@@ -361,6 +365,17 @@ def test_a_decoder_reads_one_source_and_a_state_one_batch(model, batch, unchecke
     model(batch["source"], batch["target"][:, :1], state=state)
     with pytest.raises(ValueError, match="state holds 4 sequences, target 2"):
         model(batch["source"][:2], batch["target"][:2, :1], state=state)
+
+
+def test_a_state_stays_with_its_source(model, batch):
+    source, target, state = batch["source"], batch["target"], {}
+    model(source, target[:, :2], state=state)
+    for other in (source.roll(1, 1), source[:, :5]):
+        with pytest.raises(ValueError, match="state was begun with another source; begin this one"):
+            model(other, target[:, 2:], state=state)
+    assert state["target"].shape == (4, 2)
+    rest = model(source.clone(), target[:, 2:], state=state)  # an equal one is the same
+    torch.testing.assert_close(rest, model(source, target)[:, 2:])
 
 
 def test_cross_attention_with_rotation_keeps_no_state(generator):

@@ -87,7 +87,8 @@ class Decoder(HookedModel):
             tokens: ids below `d_vocab`, at most `n_ctx` of them
             return_type: logits [batch pos d_vocab]; the mean loss in nats per target; or both, as
                 (logits, loss)
-            loss_mask: True where a token counts as a target (position 0 never does)
+            loss_mask: True where a token counts as a target (position 0 never does); of no effect
+                on logits
             state: what earlier tokens left behind: pass {} with the first piece of a sequence and
                 the same dictionary with each next one
 
@@ -98,6 +99,7 @@ class Decoder(HookedModel):
         earlier = None if state is None else state.get("tokens")
         past = 0 if earlier is None else earlier.shape[1]
         self._check_tokens(tokens, earlier)
+        check_mask("loss_mask", loss_mask, tokens, "as the tokens are", "target")
         targets = None if return_type == "logits" else next_targets(tokens, loss_mask)
         new = None if state is None else dict(state)  # `state` changes when all has gone well
         x = self.hook_embed(self.embed(tokens))
@@ -143,6 +145,8 @@ class Decoder(HookedModel):
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch total"]:
         """Continue `tokens` one by one, each step reusing what the earlier ones left behind.
+
+        Call `model.eval()` first: in train mode dropout draws, and no two calls are alike.
 
         Args:
             tokens: the prompt
@@ -239,7 +243,9 @@ def check_tokens(
 
 
 def check_mask(name: str, mask: Any, tokens: Tensor, like: str, kept: str) -> None:
-    """Raise unless argument `name` is a bool tensor of the shape of `tokens`."""
+    """Raise unless argument `name` is None, or a bool tensor of the shape of `tokens`."""
+    if mask is None:
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tokens.shape:
         raise ValueError(
             f"{name} must be a bool tensor {list(tokens.shape)} {like}, got {describe(mask)}; "

@@ -1,8 +1,7 @@
 """Seq2Seq: an encoder that reads a word, a decoder that writes another, as Vaswani et al. 2017.
 
-Contains the model, its greedy decoding, and its decoder as a model of its own that reads one fixed
-source (for tools that take `tokens`). Leaves out the attention layer (`nn.attention`) and the
-counting of right words (`training.words`).
+Contains the model, its greedy decoding, and its decoder as a model that reads one fixed source.
+Leaves out the attention layer (`nn.attention`) and the counting of right words (`training.words`).
 """
 
 from __future__ import annotations
@@ -192,8 +191,8 @@ class Seq2Seq(HookedModel):
             source_mask: True where a source token is real; what padding holds then does not matter
             loss_mask: True where a target token counts (position 0 never does)
             state: what earlier target tokens left behind: pass {} with the first piece of the
-                target and the same dictionary, source and mask with each next one; the encoder
-                runs with the first piece only
+                target, with which alone the encoder runs, and the same dictionary, source (another
+                is refused) and mask with each next one
 
         Raises:
             ValueError, TypeError: for tokens or masks of another shape, dtype or range
@@ -206,8 +205,8 @@ class Seq2Seq(HookedModel):
         if source.shape[:1] != target.shape[:1]:
             shapes = f"{list(source.shape)} and {list(target.shape)}"
             raise ValueError(f"source and target must be equally many sequences, got {shapes}")
-        known = None if state is None else state.get("memory")
-        memory = self._encode(source, source_mask) if known is None else known
+        check_mask("loss_mask", loss_mask, target, "as the tokens are", "target")
+        memory = self._encode(source, source_mask, state or {})
         past = 0 if earlier is None else earlier.shape[1]
         new = None if state is None else dict(state)  # `state` changes when all has gone well
         read = {"memory": memory, "source_mask": source_mask, "state": new}
@@ -215,10 +214,8 @@ class Seq2Seq(HookedModel):
         loss = None if return_type == "logits" else next_token_loss(logits, target, loss_mask)
         if state is not None and new is not None:
             whole = target if earlier is None else torch.cat((earlier, target), 1)
-            state.update({**new, "memory": memory, "target": whole})
-        if return_type == "logits":
-            return logits
-        return loss if return_type == "loss" else (logits, loss)
+            state.update({**new, "source": source, "memory": memory, "target": whole})
+        return {"logits": logits, "loss": loss, "both": (logits, loss)}[return_type]
 
     @torch.no_grad()
     def translate(
@@ -236,7 +233,8 @@ class Seq2Seq(HookedModel):
             max_new_tokens: how many to write at most; default: all that `n_ctx` has room for
 
         Returns:
-            the tokens written, without `start`, filled up with `end`
+            the tokens written, without `start`, filled up with `end`; call `model.eval()` before,
+            or dropout draws
         """
         start, end, room = self.config.start, self.config.end, self.config.n_ctx - 1
         limit = room if max_new_tokens is None else max_new_tokens
@@ -260,7 +258,11 @@ class Seq2Seq(HookedModel):
         """The decoder as a model of `tokens` that reads this one source, for `audit` and others."""
         return SourcedDecoder(self, source)
 
-    def _encode(self, source: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos d_model"]:
+    def _encode(self, source: Tensor, mask: Tensor | None, state: dict[str, Tensor]) -> Tensor:
+        if (known := state.get("source")) is not None:
+            if source is not known and not torch.equal(source, known):
+                raise ValueError("state was begun with another source; begin this one with {}")
+            return state["memory"]
         if mask is not None:
             check_mask("source_mask", mask, source, "as source is", "token")
             if not mask.any(1).all():
