@@ -164,6 +164,26 @@ def test_padded_lines_equal_a_plain_loop(pad):
     assert batches.pad_fraction == pytest.approx(7 / 15)
 
 
+def test_a_batch_without_a_target_is_found_beforehand():
+    lines = [torch.arange(n) for n in (1, 3, 0, 1, 5)]
+    found = {}
+    for size in (1, 2, 3, 5):
+        batches = PaddedBatches(lines, batch_size=size, length=4, pad=0, seed=2)
+        masks = [batches.batch(step)["loss_mask"][:, 1:].any() for step in range(60)]
+        found[size] = batches.batch_without_target(60)
+        assert found[size] == (masks.index(False) if False in masks else None)
+        assert found[size] is None or batches.batch_without_target(found[size]) is None
+    assert found[2] is not None
+    assert found[5] is None
+
+
+def test_sizes_may_be_numbers_of_numpy(unchecked):
+    found = RepeatBatches(2, np.int64(3), 7, 11, 0).batch(5)["tokens"]
+    assert found.equal(RepeatBatches(2, 3, 7, 11, 0).batch(5)["tokens"])
+    pair = RepeatBatches(2, (np.int64(3), np.int64(4)), 7, 11, 0).batch(5)["tokens"]
+    assert pair.equal(RepeatBatches(2, (3, 4), 7, 11, 0).batch(5)["tokens"])
+
+
 # token files
 
 

@@ -167,5 +167,9 @@ def test_an_unknown_character_is_named_with_its_place():
 def test_other_wrong_texts_are_refused():
     with pytest.raises(ValueError, match="text is empty: a vocabulary needs"):
         CharTokenizer("")
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        ByteTokenizer().encode("a\ud800")
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, gpt2_tokenizer])
+def test_half_a_surrogate_pair_is_named_with_its_place(make):
+    with pytest.raises(ValueError, match=r"^text\[3\] is '\\ud800', half of a surrogate pair"):
+        make().encode("né \ud800 \udfff")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from smearlens.data.batches import PaddedBatches
 from smearlens.training.checkpoint import list_checkpoints
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
@@ -226,6 +227,16 @@ def test_a_callback_does_not_write_into_the_logs_of_training(make_model, data):
         train(
             make_model(), data, config(), callbacks=[lambda m: m.write("metrics", {"step": m.step})]
         )
+
+
+def test_a_run_that_comes_to_a_batch_without_a_target_is_refused(make_model):
+    lines = [torch.arange(n) for n in (1, 3, 0, 1, 5)]
+    data = PaddedBatches(lines, batch_size=2, length=5, pad=0, seed=2)
+    first = data.batch_without_target(60)
+    with pytest.raises(
+        ValueError, match=rf"data.batch\({first}\) has no target, .*larger batch_si"
+    ):
+        train(make_model(), data, config(steps=60))
 
 
 class Impure:

@@ -115,7 +115,8 @@ class PaddedBatches:
     (2, 0.667)
 
     Args:
-        lines: token ids of each line; empty ones are kept
+        lines: token ids of each line; empty ones are kept. A batch whose lines all have fewer than
+            2 tokens has no target and no loss: `train` refuses beforehand a run that comes to one
         batch_size: lines in a batch
         length: tokens to which each line is cut or padded
         pad: id that fills a line up; it may be a token of the lines, as GPT-2's end of text
@@ -147,6 +148,14 @@ class PaddedBatches:
     def pad_fraction(self) -> float:
         """Share of padding among the targets."""
         return 1 - self.n_targets / self._loss_mask[:, 1:].numel()
+
+    def batch_without_target(self, n_batches: int) -> int | None:
+        """The first of the first `n_batches` batches that has no target; None if each has one."""
+        counts = self._loss_mask[:, 1:].any(1)
+        if counts.all():
+            return None
+        rows = (shuffled(len(counts), self.batch_size, i, self.seed) for i in range(n_batches))
+        return next((i for i, row in enumerate(rows) if not counts[row].any()), None)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The lines of a step and which of their targets count."""

@@ -6,6 +6,8 @@ a run. Leaves out the batches of a run (`smearlens.data.batches`) and text of an
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -54,7 +56,7 @@ def repeated_tokens(
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads", repeated random tokens
     """
-    low, high = (period, period) if isinstance(period, int) else period
+    low, high = (period, period) if isinstance(period, (int, Integral)) else period
     _check_positive(batch=batch, length=length, d_vocab=d_vocab)
     _check_period(low, high, length, d_vocab, bos)
     block = _distinct(batch, high, 0, d_vocab - (bos is not None), generator)

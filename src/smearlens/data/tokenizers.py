@@ -114,8 +114,12 @@ class ByteTokenizer:
     d_vocab = 256
 
     def encode(self, text: str) -> Int64[Tensor, " pos"]:
-        """Ids of a text, one per byte of its UTF-8 form."""
-        return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+        """Ids of a text, one per byte of its UTF-8 form.
+
+        Raises:
+            ValueError: for half a surrogate pair, which has no such form; the message says where
+        """
+        return torch.from_numpy(np.frombuffer(_utf8(text), np.uint8).astype(np.int64))
 
     def decode(self, tokens: Int[Tensor, " pos"] | Sequence[int]) -> str:
         """Text of a sequence of bytes; bytes that are no UTF-8 become U+FFFD."""
@@ -166,8 +170,16 @@ class GPT2Tokenizer:
         return self.d_vocab - 1
 
     def encode(self, text: str) -> Int64[Tensor, " pos"]:
-        """Ids of a text; no start token is added. A long text is encoded on all cores."""
-        encodings = self._backend.encode_batch_fast(_split_at_spaces(text, 10_000))
+        """Ids of a text; no start token is added. A long text is encoded on all cores.
+
+        Raises:
+            ValueError: for half a surrogate pair; the message says where
+        """
+        try:
+            encodings = self._backend.encode_batch_fast(_split_at_spaces(text, 10_000))
+        except (TypeError, UnicodeError):
+            _utf8(text)  # says which character it was
+            raise
         return torch.tensor([i for e in encodings for i in e.ids], dtype=torch.int64)
 
     def decode(self, tokens: Int[Tensor, " pos"] | Sequence[int]) -> str:
@@ -223,6 +235,17 @@ def _split_at_spaces(text: str, size: int) -> list[str]:
         parts.append(text[start:stop])
         start = stop
     return parts
+
+
+def _utf8(text: str) -> bytes:
+    """The text in UTF-8, or a ValueError about the first character that has no such form."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text[{error.start}] is {text[error.start]!r}, half of a surrogate pair and no "
+            "character: read the text with errors='replace', or remove it"
+        ) from error
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -41,7 +41,7 @@ from smearlens.training.randomness import (
 from smearlens.training.run import Logs, RunFolder, first_batch_sha256, last_good_checkpoint
 from smearlens.training.schedule import Plateau, learning_rate
 from smearlens.training.tracking import Callback, Moment, numbers_by_name
-from smearlens.training.update import DataSource, Updater, make_accelerator
+from smearlens.training.update import DataSource, Updater, make_accelerator, require_targets
 
 FLUSH_SECONDS = 1.0  # how often the logs on disk and the progress bar catch up
 
@@ -109,6 +109,7 @@ def train(
     if config.schedule == "plateau" and evaluate is None:
         raise ValueError("schedule='plateau' follows evaluate(model)['loss']: pass evaluate")
     description = _description(model, data, config, callbacks, evaluate)
+    require_targets(data, config)
     accelerator = make_accelerator(config)
     folder = None
     with leave_as_found(model):

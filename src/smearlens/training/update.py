@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from smearlens.data.batches import PaddedBatches
 from smearlens.training.config import TrainConfig
 from smearlens.training.nonfinite import NonFiniteError, find_origin
 
@@ -69,6 +70,18 @@ def make_accelerator(config: TrainConfig) -> Any:
             "use 'bf16' or 'float32'"
         )
     return accelerator
+
+
+def require_targets(data: DataSource, config: TrainConfig) -> None:
+    """Raise a ValueError if a run of `config` would come to a batch of `data` without a target."""
+    if not isinstance(data, PaddedBatches):
+        return  # others are not known before they are asked for
+    number = data.batch_without_target(config.steps * config.accumulation)
+    if number is not None:
+        raise ValueError(
+            f"data.batch({number}) has no target, as all its lines have fewer than 2 tokens, and "
+            "the run would stop there: leave such lines out, or use a larger batch_size"
+        )
 
 
 class Updater:
