@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from smearlens.data.batches import TokenBatches
 from smearlens.models.conv_attn import ConvAttn, ConvAttnConfig
 from smearlens.training.config import TrainConfig
 from smearlens.training.loop import train
@@ -56,6 +57,15 @@ def test_a_bad_parameter_is_named(make_model, data):
         NonFiniteError, match=r"first bad layer 'norm', first bad parameter 'norm.we"
     ):
         train(model, data, CONFIG)
+
+
+def test_a_bad_parameter_is_named_although_the_model_could_not_be_saved(tmp_path):
+    """The first checkpoint holds it: what is wrong comes from the update, which knows the place."""
+    model = ConvAttn(ConvAttnConfig(d_vocab=13, d_model=8, n_heads=2, kernel_size=3, n_ctx=7))
+    model.unembed.weight.data[3] = math.nan
+    data = TokenBatches(torch.arange(13), batch_size=3, length=5, seed=0)
+    with pytest.raises(NonFiniteError, match=r"first bad parameter 'unembed.weight'"):
+        train(model, data, CONFIG, out=tmp_path)
 
 
 class RootAtZero(nn.Linear):

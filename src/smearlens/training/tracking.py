@@ -110,7 +110,7 @@ class Tracker:
 
     @staticmethod
     def _require_a_step(at: frozenset[int], steps: int) -> None:
-        if not any(0 <= step <= steps for step in at):
+        if at.isdisjoint(range(steps + 1)):
             raise ValueError(
                 f"Tracker(at={sorted(at)}) would measure nothing: none of these steps is in a run "
                 f"of {steps} updates; list some of 0..{steps}, or leave `at` out"
