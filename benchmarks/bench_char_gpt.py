@@ -102,7 +102,7 @@ def loss_rows() -> Iterator[Row]:
         shape = (rows, D_VOCAB, d_model)
         yield compare(
             name, shape, lambda run=run: run(streamed_loss), lambda run=run: run(plain_loss),
-            STREAMED_BAR, rounds=5,
+            STREAMED_BAR, rounds=9, budget=15.0,
         )  # fmt: skip
 
 

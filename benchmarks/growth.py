@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from statistics import fmean, linear_regression, median
+from statistics import fmean, linear_regression
 
 import torch
 from timing import EXPONENT, Row, row
 
-ROUNDS = 3
+ROUNDS = 5
 LEAST_SECONDS = 0.02  # of a measurement; shorter calls are repeated
 
 
@@ -52,7 +52,7 @@ def curve(
 
 
 def seconds(runs: dict[int, Callable[[], object]]) -> list[float]:
-    """Processor time of each on one thread: medians of rounds in which they take turns."""
+    """Processor time of each on one thread: the least of rounds in which they take turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,7 +60,7 @@ def seconds(runs: dict[int, Callable[[], object]]) -> list[float]:
         rounds = [[_seconds(runs[size], repeats[size]) for size in runs] for _ in range(ROUNDS)]
     finally:
         torch.set_num_threads(threads)
-    return [median(column) for column in zip(*rounds, strict=True)]
+    return [min(column) for column in zip(*rounds, strict=True)]
 
 
 def _repeats(run: Callable[[], object]) -> int:
