@@ -370,8 +370,9 @@ def _analysis() -> dict[str, Callable[[], Call]]:
         ),
         "score_by_lag": lambda: (
             sl.score_by_lag,
-            {"cache": _stream_cache(), "w_k": torch.randn(3, 12, 4), "conv": "blocks.0.conv",
-             "attn": "blocks.0.attn", "carried": 0.5},
+            {"cache": _stream_cache(), "w_k": _stream_model().blocks[0].attn.W_K.detach(),
+             "conv": "blocks.0.conv", "attn": "blocks.0.attn",
+             "carried": float(_stream_model().config.residual)},
         ),
         "smear_evidence": lambda: (
             sl.smear_evidence,
@@ -414,9 +415,12 @@ def _without(key: str, call: Callable[[], Call]) -> Callable[[], Call]:
     return made
 
 
+def _stream_model() -> Any:
+    return model("ConvAttn", conv_on="stream")
+
+
 def _stream_cache() -> dict[str, Tensor]:
-    given = model("ConvAttn", conv_on="stream")
-    return dict(given.run_with_cache(tokens())[1].items())
+    return dict(_stream_model().run_with_cache(tokens())[1].items())
 
 
 def _text() -> dict[str, Callable[[], Call]]:

@@ -129,6 +129,8 @@ def smearing(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> dict[str, 
         isinstance(attn, Attention)
         and "blocks.0.conv.hook_kernel" in names
         and model.config.positions != "rotary"
+        and not model.config.norm  # nothing may stand between the convolution and the keys
+        and attn.smear is None
     ):
         by_lag = score_by_lag(
             cache, attn.W_K.detach(), carried=1.0 if model.config.residual else 0.0
