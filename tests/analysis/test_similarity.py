@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.analysis import reference as ref
 
 from smearlens import layer_similarity, linear_cka
-from smearlens.analysis.mixing.kinds import DenseMixing
+from smearlens.analysis.mixing.kinds import DenseMixing, SoftmaxMixing
+from smearlens.analysis.mixing.layer_streams import compare_layers
 from smearlens.analysis.similarity import js_similarity
 
 BATCH, LENGTH = 2, 6
@@ -132,6 +133,16 @@ def test_a_uniform_layer_has_no_direction():
         assert found[0, 2].isnan()
     raw = {"a.hook_pattern": uniform, "b.hook_pattern": uniform}
     assert float(layer_similarity(raw, kind="cosine", centred=False).values[0, 1]) > 0.999
+
+
+def test_streamed_uniform_layers_have_no_direction_either():
+    almost_one_key = torch.randn(2, 1, 3, 4) + 1e-7 * torch.randn(2, 9, 3, 4)
+    still = SoftmaxMixing(torch.randn(2, 9, 3, 4), almost_one_key)
+    random = SoftmaxMixing(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 4))
+    found = compare_layers({"a": still, "b": still, "c": random})
+    for name in ("centred", "matched"):
+        assert getattr(found, name)[:, 0, 1:].isnan().all(), name
+    torch.testing.assert_close(found.cosine[:, 0, 1], torch.ones(2).to(found.cosine))
 
 
 def test_layers_of_other_examples_are_not_compared():

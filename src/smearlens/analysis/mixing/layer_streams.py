@@ -86,7 +86,9 @@ class LayerComparison:
 def compare_layers(
     layers: Mapping[str, SoftmaxMixing], *, rows: slice = slice(None)
 ) -> LayerComparison:
-    """Compare all layers in one pass over their patterns; a layer with itself gives 1.
+    """Compare all layers in one pass over their patterns; with itself a layer gives 1.
+
+    Centred and matched cosines are NaN where a pattern is uniform: nothing is left to compare.
 
     Args:
         layers: self-attention layers over the same sequences, all causal or none
