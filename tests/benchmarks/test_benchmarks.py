@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import sys
 from pathlib import Path
 
@@ -88,8 +89,14 @@ def test_rounds_give_ratios_until_the_budget_is_used_up():
 
 def test_a_child_returns_what_its_function_returns():
     assert children.call(children.resident, "VmRSS", environment={}) > 1
-    rise = children.peak_rise(lambda: b"x" * (64 * 2**20))
-    assert 60 < rise < 80
+
+
+def test_a_peak_rises_by_what_was_touched_and_given_back():
+    def touch():
+        with mmap.mmap(-1, 64 * 2**20) as pages:  # malloc could reuse what an earlier test freed
+            pages[::4096] = b"x" * (64 * 2**20 // 4096)
+
+    assert 60 < children.peak_rise(touch) < 80
 
 
 # One run ---------------------------------------------------------------------------------------
