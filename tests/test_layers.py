@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "_files": {"_files"},
     "_extras": {"_extras"},
     "_explain": {"_explain"},
+    "_tracing": {"_tracing"},
     "__init__": set(),
 }  # fmt: skip
-ANYONE = {"_files", "_extras", "_explain"}
+ANYONE = {"_files", "_extras", "_explain", "_tracing"}
 
 LAZY = {  # loaded by the function that uses it, so that nobody else waits for it
     "scipy", "matplotlib", "datasets", "pandas", "accelerate", "tokenizers", "circuitsvis", "wandb",

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint, is_hooked
+from smearlens._tracing import is_traced, is_transformed
 from smearlens.models.base import HookedModel
 from smearlens.nn.large_vocab import streamed_loss
 from smearlens.nn.positions import Positions
@@ -128,7 +129,7 @@ class Decoder(HookedModel):
         `nn.large_vocab.streamed_loss` then takes them chunk by chunk, and only where there is a
         target; "both" has its logits and the plain loss of them.
         """
-        if type(self.unembed) is not nn.Linear:  # a wrapped or replaced one has its own forward
+        if type(self.unembed) is not nn.Linear or is_transformed():  # not a wrapped one's forward
             return False
         plain = self.unembed.bias is None and not is_hooked(self.unembed)
         return plain and self.config.d_vocab >= LARGE_VOCAB
@@ -232,7 +233,7 @@ def check_tokens(
             f"{name} reach position {past + tokens.shape[1]}, n_ctx is {config.n_ctx}; "
             "shorten them or build the model with a larger n_ctx"
         )
-    real = type(tokens) is Tensor and not torch.compiler.is_compiling()  # has values to look at
+    real = type(tokens) is Tensor and not is_traced()  # has values to look at
     if real and tokens.device.type == "cpu":
         low, high = (int(t) for t in tokens.aminmax())
         if low < 0 or high >= config.d_vocab:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint, is_hooked
+from smearlens._tracing import is_transformed
 from smearlens.nn.conv import DepthwiseConv, KeySmear
 from smearlens.nn.positions import Rotary
 
@@ -131,8 +132,12 @@ class Attention(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether the next forward may take the fused core: neither scores nor pattern hooked."""
-        return not (is_hooked(self.hook_attn_scores) or is_hooked(self.hook_pattern))
+        """Whether the next forward may take the fused core: neither scores nor pattern hooked.
+
+        Under a transform of `torch.func` it is the explicit one: torch cannot follow its own there.
+        """
+        hooked = is_hooked(self.hook_attn_scores) or is_hooked(self.hook_pattern)
+        return not (hooked or is_transformed())
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smearlens._explain import describe, explained
 from smearlens._hooks import HookPoint, is_hooked
+from smearlens._tracing import is_traced
 
 _TILE = 2**18  # numbers per tile: 1 MB of float32, so that all taps find it in the cache
 
@@ -49,8 +50,7 @@ def depthwise_conv(
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    fast = x.device.type == "cpu" and dtype in (torch.float32, torch.float64)
-    if fast and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and dtype in (torch.float32, torch.float64) and not is_traced():
         run = _TapByTap.apply if torch.is_grad_enabled() else _convolve  # apply takes 0.1 ms
         return run(x.contiguous(), weight, bias, future)
     return depthwise_conv_plain(x, weight, bias, future=future)

@@ -247,15 +247,28 @@ class _Moment(torch.autograd.Function):
     """m_k(z) = ∫₀¹ s^k exp(z·s) ds: φ of `zoh` is m_0, and the derivative of m_k is m_{k+1}."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, order: int) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.order = order
+    def forward(z: Tensor, order: int) -> Tensor:
         return _moment(z, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        z, ctx.order = inputs
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
         return grads[0] * _Moment.apply(z, ctx.order + 1), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return tangents[0] * _Moment.apply(z, ctx.order + 1)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        return _Moment.apply(*inputs), in_dims[0]  # element by element
 
 
 def _moment(z: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape"]:

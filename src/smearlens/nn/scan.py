@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smearlens._tracing import is_traced
 from smearlens.nn.discretize import (
     RULES,
     at_least_float32,
@@ -79,7 +80,7 @@ def selective_scan(
         >>> [round(value, 4) for value in y.flatten().tolist()]
         [0.6667, 0.8889, 0.963]
     """
-    if torch.compiler.is_compiling():  # the kernel writes to memory that it keeps
+    if is_traced():
         return selective_scan_plain(u, delta, A, B, C, rule=rule, initial_state=initial_state)
     _check(u, delta, A, B, C, initial_state)
     given, chosen = u.dtype, rule_named(rule)
