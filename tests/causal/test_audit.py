@@ -303,6 +303,17 @@ def test_jacobian_finds_what_discrete_changes_find():
     assert min(found.influence) > 1e-4
 
 
+def test_dropout_in_the_floor_draws_from_nowhere_else():
+    torch.manual_seed(5)
+    model = ConvAttn(ConvAttnConfig(d_vocab=7, d_model=6, n_heads=2, n_ctx=9, dropout=0.4))
+    before = torch.get_rng_state()
+    once, again = (
+        iid_floor(model, 9, steps=5, generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert once == again
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_iid_floor_is_broken_only_by_the_leaking_model():
     generator = torch.Generator().manual_seed(0)
     floors = {}

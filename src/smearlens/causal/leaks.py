@@ -131,12 +131,13 @@ def iid_floor(
     trained = copy.deepcopy(model).train()
     trained.reset_hooks(including_permanent=True)
     optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
-    for _ in range(steps):
-        tokens = iid_tokens(32, length, d_vocab, generator=generator)
-        optimizer.zero_grad()
-        with torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(generator.initial_seed())  # what dropout draws
+        for _ in range(steps):
+            tokens = iid_tokens(32, length, d_vocab, generator=generator)
+            optimizer.zero_grad()
             trained(tokens, return_type="loss").backward()
-        optimizer.step()
+            optimizer.step()
     after = _iid_loss(trained.eval(), length, generator)
     return IidFloor(math.log(d_vocab), loss, error, *after, steps)
 
