@@ -206,8 +206,7 @@ def _parts(study: Study) -> list[Part]:
         Part(
             "A fixed period is no test of induction",
             "One attention layer without convolution, trained on a single period: it looks right "
-            "at that period and is exposed by the control, by other periods, and by text that does "
-            "not repeat.",
+            "at that period and is exposed by other periods and by text that does not repeat.",
             name="positional", table=positional_table(study),
         ),
         Part("Text", "Tiny Shakespeare, characters, nanoGPT's 90 / 10 split.",
