@@ -41,7 +41,8 @@ batch, length = tokens.shape
 # ## A dictionary
 #
 # Head 0 is a perfect induction head: it goes to what followed the last occurrence of its token, and
-# rests on the first key where there is none. Head 1 always looks one back. Head 2 is uniform.
+# rests on the first key where there is none. Head 1 always looks one back. Head 2 is uniform. (The
+# control of head 0 is 1/6: one of the six examples has the period of its neighbour by chance.)
 
 # %%
 pattern = torch.zeros(batch, 3, length, length)
@@ -213,7 +214,7 @@ short = MovingAverage(decay, length)
 print(prev_token_score({"blocks.0.ema": short}))
 attention_heads(
     short.dense()[0],
-    [str(t) for t in tokens[0].tolist()],
+    [f" {t}" for t in tokens[0].tolist()],
     mask="causal",
     normalised=False,
     labels=[f"a = {a}" for a in decay.tolist()],

@@ -92,7 +92,7 @@ print(f"best previous-token score {prev_token_score(cache).top(1)[0]['score']:.3
 
 # %%
 channels = [row["head"] for row in scores.top(4)]
-words = [str(t) for t in tokens[0].tolist()]
+words = [f" {t}" for t in tokens[0].tolist()]
 attention_heads(
     mixing.dense()[0, channels],
     words,
@@ -191,19 +191,22 @@ for rule in ("mamba", "zoh", "bilinear", "bilinear-clamped"):
 # %% [markdown]
 # Do they matter for induction? `smearlens experiment mamba-induction` trains each with several
 # seeds, and models with kernels of 1 to 4 taps beside them. These are the numbers of the committed
-# run, with intervals over seeds.
+# run, with intervals over seeds, if it is in this repository.
 
 # %%
-RESULTS = Path("results")  # of the repository, from its root
-induction = json.loads((RESULTS / "mamba-induction" / "result.json").read_text("utf-8"))
-for name in dict.fromkeys(m["name"] for m in induction["measures"]):
-    runs = [m for m in induction["measures"] if m["name"] == name]
-    accuracy = over_seeds([m["accuracy"] for m in runs])
-    negative = sum(m["negative_decays"] for m in runs) / len(runs)
-    print(f"{name:26} accuracy {accuracy}, negative Ā {negative:.1%}")
-for verdict in induction["verdicts"]:
-    print(f"\n{verdict['outcome'].upper()}: {verdict['claim']['statement']}")
-    print(f"  {verdict['because']}")
+found = Path("results/mamba-induction/result.json")
+if found.exists():
+    induction = json.loads(found.read_text("utf-8"))
+    for name in dict.fromkeys(m["name"] for m in induction["measures"]):
+        runs = [m for m in induction["measures"] if m["name"] == name]
+        accuracy = over_seeds([m["accuracy"] for m in runs])
+        negative = sum(m["negative_decays"] for m in runs) / len(runs)
+        print(f"{name:26} accuracy {accuracy}, negative Ā {negative:.1%}")
+    for verdict in induction["verdicts"]:
+        print(f"\n{verdict['outcome'].upper()}: {verdict['claim']['statement']}")
+        print(f"  {verdict['because']}")
+else:
+    print("none here: run the command above, or this from the root of the repository")
 
 # %% [markdown]
 # The same study exchanges what the lags of the convolution bring to one role of the layer with
@@ -223,20 +226,28 @@ for role in ("u", "B", "C", "delta"):
 #
 # The recurrence can be run position by position, in blocks (what models train with here), by
 # doubling, or as sums of logarithms. `smearlens experiment scans` compares them. A sum of
-# logarithms loses digits as it grows; products of decays do not.
+# logarithms loses digits as it grows; products of decays do not. Drawn from its committed run, if
+# that is in this repository.
 
 # %%
-scans = json.loads((RESULTS / "scans" / "result.json").read_text("utf-8"))
-fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-for scan in dict.fromkeys(row["scan"] for row in scans["measures"]):
-    points = [
-        (row["length"], row["error"])
-        for row in scans["measures"]
-        if (row["scan"], row["regime"], row["dtype"]) == (scan, "gates, s = 4", "float32")
-    ]
-    lengths = sorted({length for length, _ in points})
-    ax.plot(lengths, [max(e for n, e in points if n == at) for at in lengths], "o-", label=scan)
-ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="relative error, worst seed")
-ax.legend(frameon=False, fontsize=8)
-print(scans["verdicts"][0]["outcome"].upper(), scans["verdicts"][0]["claim"]["statement"])
-print(scans["verdicts"][0]["because"])
+found = Path("results/scans/result.json")
+if found.exists():
+    scans = json.loads(found.read_text("utf-8"))
+    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for scan in dict.fromkeys(row["scan"] for row in scans["measures"]):
+        points = [
+            (row["length"], row["error"])
+            for row in scans["measures"]
+            if (row["scan"], row["regime"], row["dtype"]) == (scan, "gates, s = 4", "float32")
+        ]
+        lengths = sorted({length for length, _ in points})
+        worst = [max(e for n, e in points if n == at) for at in lengths]
+        ax.plot(lengths, worst, "o-", label=scan)
+    ax.set(
+        xscale="log", yscale="log", xlabel="length (tokens)", ylabel="relative error, worst seed"
+    )
+    ax.legend(frameon=False, fontsize=8)
+    print(scans["verdicts"][0]["outcome"].upper(), scans["verdicts"][0]["claim"]["statement"])
+    print(scans["verdicts"][0]["because"])
+else:
+    print("none here: run the command above, or this from the root of the repository")

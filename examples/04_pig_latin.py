@@ -68,7 +68,8 @@ print(", ".join(f"{log[step]['loss']:.2f} at update {log[step]['step']}" for ste
 
 # %% [markdown]
 # A trained one ships with the package: 8 heads, 2 + 2 layers, trained position embeddings. Counts
-# are of whole words, to their end, with their exact interval.
+# are of whole words, to their end, with their exact interval. Of these 198 words 32 are on the list
+# that it was trained on four fifths of.
 
 # %%
 model = load_model("pig-latin-seq2seq")
@@ -154,10 +155,14 @@ ax.legend(frameon=False)
 
 # %% [markdown]
 # Each dot is a head. How far the two readings agree, over three seeds and for the model of two
-# heads in which the story was seen, `smearlens experiment pig-latin` says; its committed verdicts:
+# heads in which the story was seen, `smearlens experiment pig-latin` says; its committed verdicts,
+# if they are in this repository:
 
 # %%
-study = json.loads(Path("results/pig-latin/result.json").read_text("utf-8"))
-for verdict in study["verdicts"]:
-    print(f"{verdict['outcome'].upper()}: {verdict['claim']['statement']}")
-    print(f"  {verdict['because']}")
+found = Path("results/pig-latin/result.json")
+if found.exists():
+    for verdict in json.loads(found.read_text("utf-8"))["verdicts"]:
+        print(f"{verdict['outcome'].upper()}: {verdict['claim']['statement']}")
+        print(f"  {verdict['because']}")
+else:
+    print("none here: run the command above, or this from the root of the repository")

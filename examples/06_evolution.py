@@ -105,6 +105,7 @@ draw_attention_metrics(
     null_entropy=looks[0]["normalised_entropy/blocks.0"], null_span=looks[0]["distance/blocks.0"],
 )  # fmt: skip
 axes[0].set_xscale("symlog")
+axes[0].set_xlim(left=0)
 fig.tight_layout()
 
 # %% [markdown]
@@ -138,6 +139,7 @@ draw_layer_similarity(
     ylabel="1 - JS / ln 2",
 )
 ax.set_xscale("symlog")
+ax.set_xlim(left=0)
 fig.tight_layout()
 
 # %% [markdown]
@@ -196,8 +198,8 @@ for temperature in (0.3, 0.8, 1.3):
 # %%
 found = Path("results/evolution/result.json")
 if found.exists():
-    for verdict in json.loads(found.read_text())["verdicts"]:
+    for verdict in json.loads(found.read_text("utf-8"))["verdicts"]:
         print(f"claim {verdict['claim']['number']}: {verdict['outcome']}")
         print(f"  “{verdict['claim']['statement']}”\n  {verdict['because']}\n")
 else:
-    print("none here yet: run the command above")
+    print("none here: run the command above, or this from the root of the repository")

@@ -1,5 +1,6 @@
 """The sources of the documentation: complete, linked, and true to the code. Nothing is built."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 import smearlens
 from smearlens import AttnAttn, ConvAttn, Mamba
+from smearlens.analysis.stats import over_seeds
 from smearlens.experiments.claims import CLAIMS
 from smearlens.experiments.study import STUDIES
 
@@ -113,6 +115,29 @@ def test_examples_parse_and_name_their_kernel(path):
     assert len(code) >= 5
     for source in code:
         compile(source, str(path), "exec")
+
+
+def reading_cells(path):
+    """The cells of an example that read committed results."""
+    cells = [c.source for c in parse_percent(path.read_text("utf-8")) if c.kind == "run"]
+    return [source for source in cells if "read_text" in source]
+
+
+READERS = [path for path in EXAMPLES if reading_cells(path)]
+
+
+@pytest.mark.parametrize("where", [".", ROOT], ids=["an empty folder", "the repository"])
+@pytest.mark.parametrize("path", READERS, ids=lambda p: p.stem)
+def test_examples_run_where_no_results_are(path, where, tmp_path, monkeypatch, capsys):
+    """A tutorial that was downloaded has no `results` beside it."""
+    monkeypatch.chdir(tmp_path / where)
+    plt = pytest.importorskip("matplotlib.pyplot")
+    scope = {"json": json, "Path": Path, "plt": plt, "over_seeds": over_seeds}
+    for source in reading_cells(path):
+        exec(source, scope)
+        told = capsys.readouterr().out
+        assert ("none here: run the command above" in told) == (where == ".")
+    plt.close("all")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PAGES).as_posix())
