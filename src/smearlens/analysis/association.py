@@ -85,7 +85,8 @@ def association(metric: ArrayLike, loss: ArrayLike, *, level: float | int = 0.95
     """Correlations over runs: one number of each per run, such as at the end of training.
 
     A percentile bootstrap interval of a correlation is rough for few runs: read the permutation
-    p-value beside it. Fewer than 5 runs give no interval at all and are flagged descriptive.
+    p-value beside it. Fewer than 5 runs get [-1, 1], which says nothing, and are marked
+    "descriptive only".
 
     Args:
         metric: one value per run
