@@ -1,9 +1,8 @@
 """What do the scans cost, and which of them lose precision with length?
 
 Errors of every scan against the sequential one in float64, by length, precision and regime of the
-input; their time and memory; a verdict on the claim that a parallel scan loses precision. Leaves
-out the scans themselves and how their cost is measured (`scan_costs`), and the report
-(`scans_report`).
+input; their time and memory. Leaves out the scans themselves and how their cost is measured
+(`scan_costs`), the verdict (`scan_verdicts`), and the report (`scans_report`).
 """
 
 from __future__ import annotations
@@ -22,20 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smearlens._files import write_atomically
-from smearlens.analysis.stats import Estimate, over_seeds
-from smearlens.experiments.claims import Finding, Outcome, Verdict, claim
 from smearlens.experiments.state_space import scan_costs
 from smearlens.experiments.state_space.scan_costs import SCANS
+from smearlens.experiments.state_space.scan_verdicts import GATES, REGIMES, judge
 from smearlens.experiments.study import open_study, write_result
 
-GATES = ("gates, s = 1", "gates, s = 4", "gates, s = 16")  # the write-up's setting: logits N(0, s²)
-REGIMES = ("initial", "trained", "long memory", *GATES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARALLEL = ("doubling", "log-space", "log-space, log 0 := -12")
-SLOPE = 0.25  # log error against log length: below, an error does not grow with length
-TIMES_LOOP = (
-    10.0  # error at the longest length, as a multiple of the loop's: below, nothing is lost
-)
 RECIPE = (
     "Errors: the largest difference over time from the sequential scan in float64 of the same "
     "inputs, over the largest output, worst channel. Times: processor time of one thread, "
@@ -110,7 +101,7 @@ def run(
         out, study="scans", command=command, config=config, recipe=RECIPE,
         verdicts=[judge(found)], measures=found,
         **{name: done[name]["rows"] for name in ("times", "memory", "compiled")},
-        seconds_in_cells=round(sum(part["seconds"] for part in done.values()), 1),
+        cpu_seconds=round(sum(part["seconds"] for part in done.values()), 1),
     )  # fmt: skip
     write_scans_report(study, out)
     return study
@@ -187,94 +178,3 @@ def _error(scan: str, tensors: list[Tensor], exact: Float[Tensor, "1 pos channel
         y = SCANS[scan](*tensors).double()
     error = float(((y - exact).abs().amax(1) / exact.abs().amax(1)).max())
     return float(f"{error:.4g}") if math.isfinite(error) else None
-
-
-# Verdict ---------------------------------------------------------------------------------------
-
-
-def judge(found: list[dict[str, Any]]) -> Verdict:
-    """Does a parallel scan lose precision with length? In float32, with the write-up's gates.
-
-    One loses if, at some scale of the gates, its error grows with length (the interval of the slope
-    of log error against log length lies above 0.25, or it stops being finite) and at the longest is
-    ten times the loop's. One keeps its precision if at every scale it clearly does neither.
-    Supported if all lose; refuted if one keeps it, for then parallelism is not the cause.
-    """
-    states = {scan: [_state(found, scan, regime) for regime in GATES] for scan in PARALLEL}
-    lose = [scan for scan, each in states.items() if "loses" in each]
-    keep = [scan for scan, each in states.items() if set(each) == {"keeps"}]
-    outcome: Outcome = "undecided"
-    if len(lose) == len(PARALLEL):
-        outcome = "supported"
-    elif keep:
-        outcome = "refuted"
-    findings = tuple(
-        Finding(f"{label}, {scan}, {regime}", estimate, causal=True)
-        for regime in GATES
-        for scan in ("loop", *PARALLEL)
-        for label, estimate in (
-            ("slope of log error against log length", slope(found, scan, regime)),
-            ("log10 of the error at the longest length", last_error(found, scan, regime)),
-        )
-        if estimate is not None
-    )
-    seeds = len({row["seed"] for row in found})
-    return Verdict(claim(22), outcome, _because(outcome, lose, keep), findings, n_seeds=seeds)
-
-
-def _because(outcome: Outcome, lose: list[str], keep: list[str]) -> str:
-    if outcome == "supported":
-        return "Every parallel scan loses digits with length, the doubling scan too."
-    named = f"Lost with length: {'; '.join(lose) or 'none'}. Kept: {'; '.join(keep) or 'none'}. "
-    if outcome == "undecided":
-        return named + "Between the two the seeds do not decide."
-    if not lose:
-        return named + "Here no scan loses precision with length."
-    return named + (
-        "What loses digits is the logarithm, not running in parallel: a sum of logarithms as large "
-        "as |Σ log Ā| carries an error of 2^-24 of it, which grows with length and with the size "
-        "of the logits; a scan that multiplies decays does not."
-    )
-
-
-def _state(found: list[dict[str, Any]], scan: str, regime: str) -> str:
-    """`loses`, `keeps` or `unclear`, by slope and error in float32."""
-    grows, at_end = slope(found, scan, regime), last_error(found, scan, regime)
-    loop = last_error(found, "loop", regime)
-    if grows is None or at_end is None or loop is None:
-        return "loses"  # not finite at some length
-    margin = math.log10(TIMES_LOOP)
-    if grows.low > SLOPE and at_end.low > loop.high + margin:
-        return "loses"
-    return "keeps" if grows.high < SLOPE or at_end.high < loop.low + margin else "unclear"
-
-
-def slope(found: list[dict[str, Any]], scan: str, regime: str) -> Estimate | None:
-    """Slope of log error against log length over seeds, least squares; None if not all finite."""
-    values = []
-    for rows in _by_seed(found, scan, regime):
-        if any(row["error"] is None for row in rows):
-            return None
-        x = [math.log(row["length"]) for row in rows]
-        y = [math.log(max(row["error"], 1e-12)) for row in rows]
-        middle = sum(x) / len(x)
-        values.append(
-            sum((a - middle) * b for a, b in zip(x, y, strict=True))
-            / sum((a - middle) ** 2 for a in x)
-        )
-    return over_seeds(values)
-
-
-def last_error(found: list[dict[str, Any]], scan: str, regime: str) -> Estimate | None:
-    """log10 of the error at the longest length over seeds; None if not all are finite."""
-    ends = [rows[-1]["error"] for rows in _by_seed(found, scan, regime)]
-    if any(error is None for error in ends):
-        return None
-    return over_seeds([math.log10(max(error, 1e-12)) for error in ends])
-
-
-def _by_seed(found: list[dict[str, Any]], scan: str, regime: str) -> list[list[dict[str, Any]]]:
-    """The float32 rows of a scan in a regime, one list per seed, shortest first."""
-    rows = [r for r in found if (r["scan"], r["regime"], r["dtype"]) == (scan, regime, "float32")]
-    seeds = sorted({row["seed"] for row in rows})
-    return [sorted((r for r in rows if r["seed"] == s), key=lambda r: r["length"]) for s in seeds]
