@@ -177,8 +177,8 @@ def _outcome(study: Study) -> str:
         for v in study.result["verdicts"]
     )
     cost = [f"{study.result['config']['seeds']} seeds"] if "seeds" in study.result["config"] else []
-    if seconds := study.result.get("seconds_in_cells"):
-        cost.append(f"{seconds / 60:.0f} minutes of computing")
+    if seconds := study.result.get("cpu_seconds"):
+        cost.append(f"{seconds / 60:.0f} minutes of processor time")
     where = f"[report](reports/{study.name}/report.html), numbers in `results/{study.name}`"
     return f"{said}.\n\n{', '.join([*cost, where]).capitalize()}."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -100,7 +100,7 @@ class Train:
 class Claims:
     """List the registered claims, or the verdicts of a finished study."""
 
-    result: Path | None = field(default=None)  # a result.json
+    result: Annotated[Path | None, tyro.conf.Positional] = None  # a result.json
 
 
 def main(arguments: list[str] | None = None) -> None:

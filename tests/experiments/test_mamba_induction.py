@@ -18,6 +18,7 @@ from smearlens.experiments.state_space.mamba_induction import (
     run,
 )
 from smearlens.experiments.state_space.mamba_measures import exchanged, reordered
+from smearlens.experiments.study import as_json
 
 TINY = MambaInductionConfig(seeds=2, steps=2, deep_steps=2, d_model=8, d_state=3)
 ALL = ("u", "B", "C", "delta")
@@ -205,7 +206,7 @@ def study(tmp_path_factory):
 
 def test_the_study_writes_its_numbers_tables_and_figures(study):
     found, out = study
-    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((out / "result.json").read_text()) == json.loads(as_json(found))
     assert len(found["measures"]) == len(cells(TINY)) == 2 * 8
     tables = {p.stem: p.read_text() for p in (out / "tables").glob("*.md")}
     assert set(tables) == {"models", "roles", "exchange", "rules"}

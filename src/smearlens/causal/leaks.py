@@ -132,7 +132,8 @@ def iid_floor(
     trained.reset_hooks(including_permanent=True)
     optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(generator.initial_seed())  # what dropout draws
+        of_dropout = torch.Generator().manual_seed(generator.initial_seed())
+        torch.set_rng_state(of_dropout.get_state())
         for _ in range(steps):
             tokens = iid_tokens(32, length, d_vocab, generator=generator)
             optimizer.zero_grad()

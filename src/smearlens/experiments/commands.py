@@ -5,10 +5,7 @@ Leaves out parsing (`cli`) and the studies themselves.
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -21,6 +18,7 @@ from smearlens._extras import MissingExtraError
 from smearlens._files import read_object
 from smearlens.data.corpora import CorpusError
 from smearlens.experiments.engines import use_engine
+from smearlens.experiments.study import as_json, starting_over, study_named
 from smearlens.models.base import HookedModel
 from smearlens.models.families import FAMILIES, family, load_model
 from smearlens.models.files import ModelFileError
@@ -72,9 +70,9 @@ def compare(options: Any) -> str:
     from smearlens.experiments.smeared_keys import short as smeared_keys
 
     config = _sized(smeared_keys.CompareConfig, options, ("seeds", "steps", "text_steps"))
-    with use_engine(options.engine):
+    with use_engine(options.engine), starting_over(options.force):
         result = smeared_keys.compare(
-            config, _fresh(options.out, options), jobs=options.jobs, command=_command_line()
+            config, options.out, jobs=options.jobs, command=_command_line()
         )
     lines = [_verdict_line(verdict.to_dict()) for verdict in result.verdicts]
     return "\n".join([*lines, f"\nreport: {result.report}"])
@@ -82,13 +80,11 @@ def compare(options: Any) -> str:
 
 def experiment(options: Any) -> str:
     """A study by name."""
-    from smearlens.experiments.study import study_named
-
     config_class, run_study = study_named(options.name)
     config = _sized(config_class, options, ("seeds", "steps", "data"))
     out = options.out or Path("runs") / options.name
-    with use_engine(options.engine):
-        study = run_study(config, _fresh(out, options), jobs=options.jobs, command=_command_line())
+    with use_engine(options.engine), starting_over(options.force):
+        study = run_study(config, out, jobs=options.jobs, command=_command_line())
     lines = [_verdict_line(v) for v in study["verdicts"]]
     return "\n".join([*lines, f"\nreport: {out / 'report.html'}"])
 
@@ -103,13 +99,6 @@ def _sized(config_class: Any, options: Any, names: Sequence[str]) -> Any:
         )
     config = config_class()
     return replace(config.quick() if options.quick else config, **given)
-
-
-def _fresh(out: Path, options: Any) -> Path:
-    """The folder of a study, emptied of an earlier one with --force."""
-    if options.force and (out / "study.json").exists():
-        shutil.rmtree(out)
-    return out
 
 
 def _command_line() -> str:
@@ -206,11 +195,11 @@ def analyze(options: Any) -> str:
         if name.endswith(".hook_kernel")
     }
     if options.json:
-        return _json({
+        return as_json({
             "accuracy": accuracy,
             "scores": {score.name: score.records() for score in scores},
             "kernels": {layer: profile.records() for layer, profile in kernels.items()},
-        })  # fmt: skip
+        }, indent=1)  # fmt: skip
     low, high = options.period
     parts = [f"accuracy on repeats of period {low} to {high}: {accuracy:.3f}", *map(repr, scores)]
     parts += [f"kernel of {layer}\n{profile!r}" for layer, profile in kernels.items()]
@@ -229,20 +218,9 @@ def audit(options: Any) -> tuple[str, int]:
         model, given = model.decoder_given(source), f", given a source of {n_ctx} random tokens"
     report = audit_model(model, floor_steps=options.floor_steps)
     report = replace(report, model=report.model + given)
-    return _json(report.to_dict()) if options.json else repr(report), int(not report.passed)
-
-
-def _json(value: Any) -> str:
-    """Plain numbers as JSON, which knows no NaN and no infinity: null instead."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: plain(each) for key, each in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [plain(each) for each in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(plain(value), indent=1, allow_nan=False)
+    return as_json(report.to_dict(), indent=1) if options.json else repr(report), int(
+        not report.passed
+    )
 
 
 def claims(options: Any) -> str:

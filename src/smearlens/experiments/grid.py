@@ -119,7 +119,7 @@ def _run_share(cells: Sequence[Cell], tasks: Callable[[], dict[str, Task]], runs
 
 def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
     """Train the cell's model in `folder` (resuming), measure it, and write `measures.json` last."""
-    started = time.perf_counter()
+    started = time.process_time()
     cls = family(cell.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
@@ -144,7 +144,7 @@ def run_cell(cell: Cell, task: Task, folder: Path) -> dict[str, Any]:
         **{name: result.log(name) for name in task.logs},
         **task.measure(model, cell),
     }
-    seconds = f"{time.perf_counter() - started:.1f}\n"  # apart: measures are equal everywhere
+    seconds = f"{time.process_time() - started:.1f}\n"  # apart: measures are equal everywhere
     write_atomically(folder / "seconds.txt", seconds)
     write_atomically(folder / "measures.json", json.dumps(measures, indent=1) + "\n")
     return measures

@@ -9,8 +9,12 @@ the grid of runs (`experiments.grid`) and the pages (`viz.report`).
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +41,11 @@ STUDIES = {  # name on the command line -> module, name of its configuration
 }
 
 
+FOLDERS = ("runs", "figures", "tables", "parts", "parity")  # that studies write into theirs
+FILES = ("report.html", "result.json", "paper.json", "split-*.json", "study.json")
+_starting_over: ContextVar[bool] = ContextVar("starting_over", default=False)
+
+
 def study_named(name: str) -> tuple[type, Callable[..., dict[str, Any]]]:
     """Configuration class and `run` of a study."""
     if name not in STUDIES:
@@ -54,14 +63,31 @@ def check_counts(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
+@contextmanager
+def starting_over(wanted: bool) -> Iterator[None]:
+    """Where a study is opened inside, delete what its folder holds of an earlier one, if `wanted`.
+
+    That is when its configuration and its data have been found to be good, and not before.
+    """
+    token = _starting_over.set(wanted)
+    try:
+        yield
+    finally:
+        _starting_over.reset(token)
+
+
 def open_study(out: Path, config: Any) -> None:
     """Make the folder of a study, or find that it is one of the same configuration.
+
+    To be called when all that can be wrong with a study has been checked, such as its data.
 
     Raises:
         ValueError: if `out` holds a study with another configuration, naming what differs
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
+    if _starting_over.get() and path.exists():
+        _delete_study(out)
     now = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
     if path.exists() and path.read_bytes() != now.encode():
         before = read_object(path, "restore it, or --force to start over")
@@ -72,6 +98,16 @@ def open_study(out: Path, config: Any) -> None:
             "choose another --out, or --force to start over"
         )
     write_atomically(path, now)
+
+
+def _delete_study(out: Path) -> None:
+    """Remove what studies write, and nothing else; the file that names the study goes last."""
+    for name in FOLDERS:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    written = [path for pattern in FILES for path in out.glob(pattern)]
+    for path in sorted(written, key=lambda path: path.name == "study.json"):
+        path.unlink()
 
 
 def write_result(
@@ -109,17 +145,30 @@ def write_result(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "seconds_in_cells": round(seconds_in_cells(cells, out), 1),  # summed over processes
+        "cpu_seconds": round(seconds_in_cells(cells, out), 1),  # of training and measuring
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         "measures": list(measures),
         **more,
     }
-    write_atomically(out / "result.json", json.dumps(contents) + "\n")
+    write_atomically(out / "result.json", as_json(contents) + "\n")
     return contents
 
 
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """Plain numbers as JSON, which knows no NaN and no infinity: null instead."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(each) for key, each in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
 def seconds_in_cells(cells: Sequence[Cell], out: Path) -> float:
-    """What training and measuring took, in whichever calls it happened."""
+    """Processor time of training and measuring, in whichever calls it happened."""
     return sum((_seconds(out / "runs" / cell.folder / "seconds.txt") for cell in cells), 0.0)
 
 

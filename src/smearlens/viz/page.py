@@ -62,6 +62,8 @@ def spoken(estimate: Estimate) -> str:
     ('0.919 [0.912, 0.925], n = 3', '9.3e-05 [-4.9e-05, 2.3e-04], n = 3')
     """
     numbers = (estimate.mean, estimate.low, estimate.high)
+    if estimate.n < 2:
+        return f"{estimate.mean:.3g}, n = {estimate.n}: no interval"
     shape = ".1e" if 0 < max(map(abs, numbers)) < 0.002 else ".3f"
     mean, low, high = (format(number, shape) for number in numbers)
     return f"{mean} [{low}, {high}], n = {estimate.n}"
@@ -109,7 +111,7 @@ def _cell(text: str) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """Rows as a Markdown table, the first one its head."""
-    head, *body = rows
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -114,7 +114,7 @@ def _section(part: Part, out: Path) -> list[str]:
 
 def _again(study: Study) -> str:
     """What is needed to run the study again."""
-    keys = ("command", "config", "versions", "seconds_in_cells")
+    keys = ("command", "config", "versions", "cpu_seconds")
     settings = {key: study[key] for key in keys if key in study}
     return (
         "<h2>To run it again</h2>"

@@ -25,6 +25,7 @@ from smearlens.experiments.pig_latin.tables import MAMBA, fill
 from smearlens.experiments.pig_latin.task import (
     describe,
     epochs_to_steps,
+    load_pairs,
     pair_task,
     stored_split,
 )
@@ -138,6 +139,8 @@ def run(
     """Train, measure, look into the trained models, judge and report; repeating continues."""
     from smearlens.experiments.pig_latin.mamba_report import write_mamba_pig_latin_report
 
+    for name in ("small", "large"):
+        load_pairs(name, config.data)  # raises for a wrong folder while nothing is touched
     open_study(out, config)
     grid = cells(config, out)
     found = run_grid(grid, partial(tasks, config, out), out, jobs=jobs)

@@ -20,6 +20,7 @@ from smearlens.experiments.pig_latin.tables import TRANSFORMER, fill
 from smearlens.experiments.pig_latin.task import (
     describe,
     epochs_to_steps,
+    load_pairs,
     pair_task,
     stored_split,
 )
@@ -46,7 +47,7 @@ class PigLatinConfig:
 
     data: str | None = None  # folder of the published word pairs; None = words of tiny Shakespeare
     seeds: int = 3  # independent runs of every model
-    epochs: int = 20  # of the side variants, and of the base they are compared with
+    epochs: int = 100  # of the side variants, and of the base they are compared with
     transformer_epochs: int = 100  # of the tuned models
     lr: float = 3e-3  # highest learning rate
     words: int | None = None  # take only so many words of the list
@@ -142,6 +143,7 @@ def run(config: PigLatinConfig, out: Path, *, jobs: int = 1, command: str = "") 
     """Train, measure, look into the trained models, judge and report; repeating continues."""
     from smearlens.experiments.pig_latin.report import write_pig_latin_report
 
+    load_pairs("small", config.data)  # raises for a wrong folder while nothing is touched
     open_study(out, config)
     grid = cells(config, out)
     found = run_grid(grid, partial(_tasks, config, out), out, jobs=jobs)

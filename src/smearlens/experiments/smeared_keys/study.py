@@ -65,8 +65,8 @@ def run(
     """
     from smearlens.experiments.smeared_keys.report import write_smeared_keys_report
 
-    open_study(out, config)
     lines = _held_out_lines(config)
+    open_study(out, config)
     grid = cells(config, wikitext=lines is not None)
     found = run_grid(grid, partial(tasks, config, wikitext=lines is not None), out, jobs=jobs)
     found = [_compact(_thinned(m)) for m in found]
