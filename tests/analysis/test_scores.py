@@ -103,6 +103,16 @@ def test_repr_is_a_table():
     assert shown == sorted(shown, reverse=True)
 
 
+@pytest.mark.parametrize("layer", ["a", "decoder.blocks.0.cross_attn", "blocks.10.deep.inner.attn"])
+def test_figures_stand_below_each_other_however_long_a_name_is(layer):
+    names = ["blocks.0.attn", layer]
+    beside = {n: {name: torch.ones(1) for name in names} for n in ("chance", "maximum", "control")}
+    values = {name: torch.full((3, 2), 0.25) for name in names}
+    lines = repr(hand_made(per_layer=values, rows=values, **beside)).splitlines()[1:]
+    assert lines[0].index("score") + len("score") == lines[1].index("0.250") + len("0.250")
+    assert {line.index("0.250") for line in lines[1:]} == {lines[1].index("0.250")}
+
+
 def test_html_is_escaped():
     evil = "<script>alert(1)</script>"
     parts = {n: {evil: torch.ones(1)} for n in ("chance", "maximum", "control")}

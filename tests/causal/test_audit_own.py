@@ -284,8 +284,14 @@ def test_a_model_of_one_s_own_is_audited():
     report = audit(Bigram(n_ctx=9, d_vocab=13), torch.zeros(2, 4, dtype=torch.long))
     assert report.passed
     assert report.streaming is None
-    assert "streaming          impossible" in repr(report)
+    assert "streaming          not checked: forward takes no state, or refuses it" in repr(report)
     assert report.future.cuts == list(range(8))
+
+
+def test_streaming_is_impossible_where_the_future_is_read():
+    report = audit(conv(causal=False))
+    assert report.streaming is None
+    assert "streaming          impossible" in repr(report)
 
 
 def test_streaming_is_checked_where_forward_keeps_a_state():

@@ -87,3 +87,15 @@ def test_a_kernel_profile_is_drawn_as_it_is_with_its_null(ax):
     ]
     with pytest.raises(ValueError, match=r"null is missing: .* null=profile.null_rms"):
         draw_kernel_profile(ax, profile.records())
+
+
+def test_the_name_of_a_level_lies_on_nothing_that_is_drawn(ax):
+    """Points and bars that are as high as the level are drawn over no name."""
+    profile = kernel_profile(torch.full((11, 3), 0.2))
+    draw_kernel_profile(ax, profile, null=0.2)
+    draw_bars(ax.figure.add_axes((0, 0, 1, 0.4)), {"a": {"b": (0.3, 0.2, 0.4)}}, ylabel="y",
+              level=0.3, level_name="chance")  # fmt: skip
+    ax.figure.canvas.draw()
+    for drawn, name in zip(ax.figure.axes, ("untrained", "chance"), strict=True):
+        (label,) = [text for text in drawn.texts if text.get_text() == name]
+        assert label.get_window_extent().x0 >= drawn.get_window_extent().x1

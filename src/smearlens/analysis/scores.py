@@ -130,11 +130,12 @@ class Scores(Mapping[str, Tensor]):
         return f"{self.name} ({self.unit}{'; ' + self.note if self.note else ''})"
 
     def __repr__(self) -> str:
-        lines = [f"{'layer':<24} head   score  [95% interval]   chance maximum control"]
         shown, rest = self._shown(40, 20)
+        width = max(24, *(len(r["layer"]) for r in shown))
+        lines = [f"{'layer':<{width}} head   score  [95% interval]   chance maximum control"]
         for r in shown:
             lines.append(
-                f"{r['layer']:<24} {r['head']:>4} {r['score']:>7.3f}  "
+                f"{r['layer']:<{width}} {r['head']:>4} {r['score']:>7.3f}  "
                 f"[{r['low']:>6.3f}, {r['high']:>6.3f}] {r['chance']:>7.3f} {r['maximum']:>7.3f} "
                 f"{r['control']:>7.3f}"
             )

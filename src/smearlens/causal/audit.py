@@ -96,6 +96,13 @@ class Audit:
         """Everything as plain numbers."""
         return {**asdict(self), "passed": self.passed, "findings": self.findings}
 
+    @property
+    def _unstreamed(self) -> str:
+        """Why nothing was run token by token: whoever reads the future cannot be."""
+        if self.future.leaks:
+            return "impossible"
+        return "not checked: forward takes no state, or refuses it"
+
     def __repr__(self) -> str:
         future, iid = self.future, self.iid
         where = "yes" if future.leaks else "no"
@@ -111,7 +118,7 @@ class Audit:
                 else f"; {iid.trained_loss:.4f} after {iid.steps} steps on such tokens"
             ),
             "  streaming          "
-            + ("impossible" if self.streaming is None else f"differs by {self.streaming:.2g}"),
+            + (self._unstreamed if self.streaming is None else f"differs by {self.streaming:.2g}"),
         ]
         if self.targets is None:
             lines.append("  accuracy           not checked: pass tokens (and loss_mask)")

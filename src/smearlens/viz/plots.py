@@ -190,7 +190,7 @@ def _round(kinds: Sequence[str], index: int) -> str:
 
 def _mark_level(ax: Any, level: float | int, name: str) -> None:
     ax.axhline(level, color=NULL, linestyle="--", linewidth=1)
-    ax.annotate(
-        name, (1, level), xycoords=("axes fraction", "data"), fontsize=8, color=NULL,
-        ha="right", va="bottom",
+    ax.annotate(  # beside the axes: within them it would lie on the last point or bar
+        name, (1.01, level), xycoords=("axes fraction", "data"), fontsize=8, color=NULL,
+        ha="left", va="center", annotation_clip=False,
     )  # fmt: skip
