@@ -23,6 +23,20 @@ OF = {"time": "time", "memory": "peak memory", "MB": "peak memory", "difference"
 PANELS = (("s", "positions"), ("MB", "positions"), ("s", "sequences"), ("MB", "sequences"),
           ("s", "layers"), ("MB", "layers"))  # fmt: skip
 UNITS = {"s": "seconds, one thread", "MB": "peak memory, MB"}
+SIZES = {  # suite -> what its tuples of sizes are, in order
+    "attention": "batch, heads, positions, d_head",
+    "char_gpt": "batch, positions, d_model, layers (two numbers: batch, positions); of the loss: "
+    "targets, d_vocab, d_model",
+    "conv": "batch, positions, channels, taps",
+    "growth": "the values along the axis that is named",
+    "hidden_attention": "batch, positions, channels, states",
+    "hooks": "batch, positions",
+    "import": "there are none",
+    "models": "batch, positions, d_model, layers (two numbers: batch, positions)",
+    "scan": "batch, positions, channels, states",
+    "seq2seq": "words, longest source, longest target; of translation: words, tokens written",
+    "tracking": "layers, heads, d_model, positions",
+}
 
 
 def result() -> dict[str, Any]:
@@ -64,7 +78,8 @@ def families(found: dict[str, Any] | None = None) -> Markdown:
     for name, suite in sorted(found["suites"].items()):
         rows = [row for row in suite["rows"] if row["unit"] != "exponent"]
         if rows:
-            parts += [f"### {_title(name)}", _first_sentence(name), _table(rows)]
+            said = f"{_first_sentence(name)} Sizes: {SIZES[name]}."
+            parts += [f"### {_title(name)}", said, _table(rows)]
     return Markdown("\n\n".join(parts))
 
 
@@ -137,7 +152,14 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def _value(row: dict[str, Any], key: str) -> str:
-    return FORMS[row["unit"]].format(row[key])
+    """Rounded; a number that misses its bar never reads as if it were the bar."""
+    form = FORMS[row["unit"]]
+    shown, bar = form.format(row[key]), "" if row["ok"] else form.format(row["bar"])
+    if key == "value" and shown == bar:
+        finer = form.replace(".3g", ".4g")  # results keep four digits
+        shown = finer.format(row["value"])
+        return shown if shown != finer.format(row["bar"]) else f"just above {shown}"
+    return shown
 
 
 def _spread(row: dict[str, Any]) -> str:

@@ -227,6 +227,20 @@ def test_bars_that_are_missed_are_shown_first():
     assert [row[0] for row in rows_of(text)] == ["heavy / light"]
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(12.04, "12.04 ×"), (12.0, "just above 12 ×"), (13.1, "13.1 ×")]
+)
+def test_a_number_above_its_bar_never_reads_as_the_bar(value, shown):
+    missed = a_row(value=value, low=11.0, high=13.0, bar=12, ok=False)
+    (cells,) = rows_of(benchmarks.verdict({"suites": {"conv": a_suite(missed)}}))
+    assert (cells[3], cells[6]) == (shown, "12 ×")
+
+
+def test_every_suite_says_what_its_sizes_are():
+    assert sorted(benchmarks.SIZES) == benchmarks.SUITES
+    assert "Sizes: batch, positions, channels, taps." in benchmarks.families(MADE)
+
+
 def test_what_is_slower_comes_with_its_reason():
     rows = rows_of(benchmarks.slower(MADE))
     assert [(row[0], row[2], row[4]) for row in rows] == [
