@@ -84,6 +84,30 @@ def test_modules_below_the_public_names_exist():
         assert all(reference.public_names(module) for module in modules)
 
 
+def test_a_source_archive_holds_what_tests_and_pages_read():
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]
+    sdist = settings["build"]["targets"]["sdist"]
+    assert all(pattern.startswith("/") for pattern in sdist["include"] + sdist["exclude"])
+    assert not [name for name in sdist["include"] if not (ROOT / name[1:]).exists()]
+    read = {"src", "tests", "examples", "docs", "benchmarks", "results", "mkdocs.yml", "README.md",
+            "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt", ".ci"}  # fmt: skip
+    assert {name[1:] for name in sdist["include"]} == read
+    assert sdist["exclude"] == ["/docs/built"]
+
+
+def test_the_version_of_torch_is_the_one_that_was_tested():
+    tested = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    for text in ((ROOT / "README.md").read_text("utf-8"), prose("index.md")):
+        assert f"install `{tested[0]}`" in " ".join(text.split())
+
+
+def test_a_release_has_one_date_everywhere():
+    released = "date-released" in (ROOT / "CITATION.cff").read_text("utf-8")
+    version = (ROOT / "CHANGELOG.md").read_text("utf-8").split("\n## ")[1].partition("\n")[0]
+    assert released != version.endswith("(unreleased)")
+
+
 def test_links_between_pages_resolve():
     pages = built_pages()
     for page in pages:
