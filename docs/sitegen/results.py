@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -52,8 +53,17 @@ class Study:
 def results() -> dict[str, dict[str, Any]]:
     """Name of a study to its committed result; results without verdicts are not of studies."""
     files = sorted(RESULTS.glob("*/result.json"))
-    found = {file.parent.name: json.loads(file.read_text("utf-8")) for file in files}
+    found = {file.parent.name: _read(file) for file in files}
     return {name: result for name, result in found.items() if "verdicts" in result}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A result as anyone would get it: where its data lay is `FOLDER`."""
+    result = json.loads(file.read_text("utf-8"))
+    if result.get("config", {}).get("data"):
+        result["config"]["data"] = "FOLDER"
+        result["command"] = re.sub(r"(--data)[ =]\S+", r"\1 FOLDER", result["command"])
+    return result
 
 
 def result_files() -> list[Path]:
@@ -111,7 +121,7 @@ def claims_in_full() -> Markdown:
     known, every = verdicts(), studies()
     parts = []
     for c in CLAIMS:
-        parts += [f"## Claim {c.number}", _stated(c, f"{c.source}: {WRITEUPS[c.source]}")]
+        parts += [f"## Claim {c.number}", _stated(c, f"the write-up “{WRITEUPS[c.source]}”")]
         parts += [_judgement(study, verdict) for study, verdict in known.get(c.number, ())]
         if c.number not in known:
             by = [f"`{s.command}`" for s in every if c.number in s.claims]
@@ -133,7 +143,7 @@ def write_report_of(source: Path, target: Path) -> None:
     there is none, or (with a warning) where it does not fit a result of an older version, the page
     holds the verdicts and how to run it again.
     """
-    name, result = source.parent.name, json.loads(source.read_text("utf-8"))
+    name, result = source.parent.name, _read(source)
     module, command = _modules().get(name, ("", ""))
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -91,7 +91,8 @@ def test_a_source_archive_holds_what_tests_and_pages_read():
     assert all(pattern.startswith("/") for pattern in sdist["include"] + sdist["exclude"])
     assert not [name for name in sdist["include"] if not (ROOT / name[1:]).exists()]
     read = {"src", "tests", "examples", "docs", "benchmarks", "results", "mkdocs.yml", "README.md",
-            "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt", ".ci"}  # fmt: skip
+            "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt",
+            ".ci"}  # fmt: skip
     assert {name[1:] for name in sdist["include"]} == read
     assert sdist["exclude"] == ["/docs/built"]
 
@@ -264,6 +265,26 @@ def test_every_claim_and_verdict_is_on_the_page():
             assert "No committed verdict" in section
     rows = results.claims_overview().splitlines()
     assert {row.count("|") for row in rows} == {4}
+
+
+def test_no_page_names_a_folder_of_one_machine_or_a_code_for_a_write_up(tmp_path):
+    for study in results.studies():
+        if study.result:
+            assert not re.search(r"--data (?!FOLDER)", study.result["command"])
+            assert study.result["config"].get("data") in (None, "FOLDER")
+    page = results.claims_in_full()
+    assert "--data FOLDER" in page
+    assert not re.search(r"--data (?!FOLDER)|\*Source\*: S\d", page)
+    source = tmp_path / "a-study" / "result.json"
+    source.parent.mkdir()
+    command = "smearlens experiment a --data ../x/y --out z"
+    found = {"study": "a", "command": command, "verdicts": [], "config": {"data": "../x/y"},
+             "versions": {}, "cpu_seconds": 1.0}  # fmt: skip
+    source.write_text(json.dumps(found))
+    results.write_report_of(source, tmp_path / "report.html")
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert "--data FOLDER --out z" in report
+    assert "../x/y" not in report
 
 
 def test_the_model_of_the_readme_draws_its_induction_head(tmp_path, monkeypatch):
