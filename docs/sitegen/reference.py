@@ -58,6 +58,24 @@ MODULES = {  # page -> modules documented whole, below the public names
     "analysis": ("analysis.states", "analysis.mixing.state_space"),
     "viewing": ("viz.widgets", "viz.plots", "adapters.hugging_face"),
 }
+RESULTS_OF = {  # page -> what its functions return or take, documented below the public names
+    "analysis": (
+        "analysis.mixing.options.RowOptions", "analysis.patterns.Profile",
+        "analysis.kernels.KernelProfile", "analysis.smearing.SmearFit",
+        "analysis.similarity.Similarity", "analysis.coherence.Coherence",
+        "analysis.association.Association", "analysis.association.Correlation",
+        "analysis.association.WithinRun", "analysis.phase_change.PhaseChange",
+        "analysis.loss_paths.LossPaths", "analysis.stats.PairedTest",
+        "analysis.behaviour.IclScore", "analysis.behaviour.ArSplit",
+        "analysis.mixing.implicit.ImplicitMixing",
+    ),
+    "causal": ("causal.ablate.Effect", "causal.patch.Recovery"),
+    "data": ("data.corpora.Corpus", "data.pig_latin.PairSplit"),
+    "training": ("training.loop.TrainResult",),
+}  # fmt: skip
+FIELD = re.compile(  # name, type, default and comment of a field; a long comment stands above it
+    r"^(?:    # ([^\n]*)\n)?    (\w+): ([^\n#]*?)(?: = ([^\n#]*?))?(?:  # ([^\n]*))?$", re.MULTILINE
+)
 
 
 class Markdown(str):
@@ -128,7 +146,14 @@ def api_pages() -> dict[str, str]:
     for page, names in api_names().items():
         title, introduction, _ = API_PAGES[page]
         parts = [f"# {title}", introduction]
-        parts += [f"::: {homes()[name]}.{name}" for name in names]
+        for name in names:
+            parts += [f"::: {homes()[name]}.{name}", *_facts(getattr(smearlens, name))]
+        if page in RESULTS_OF:
+            parts.append("## What they return {.module}")
+        parts += [
+            f"::: smearlens.{home}\n    options:\n      heading_level: 3"
+            for home in RESULTS_OF.get(page, ())
+        ]
         for module in MODULES.get(page, ()):
             parts.append(f"## `smearlens.{module}` {{ .module }}")
             parts += [
@@ -137,6 +162,29 @@ def api_pages() -> dict[str, str]:
             ]
         pages[page] = "\n\n".join(parts) + "\n"
     return pages
+
+
+def _facts(thing: Any) -> list[str]:
+    """Fields of a configuration, presets of a model: what no docstring repeats."""
+    if not inspect.isclass(thing):
+        return []
+    if thing.__name__.endswith("Config"):
+        body = inspect.getsource(thing).partition("def ")[0]
+        rows = [
+            (f"`{name}`", f"`{_choices(kind)}`", f"`{default}`" if default else "required",
+             above or beside)
+            for above, name, kind, default, beside in FIELD.findall(body)
+        ]  # fmt: skip
+        return [table(("field", "takes", "default", "what it is"), rows)]
+    rows = [
+        (f"`{n}`", p.source, f"`{p.changes}`") for n, p in getattr(thing, "presets", {}).items()
+    ]
+    return [table(("preset", "what it is", "differs in"), rows)] if rows else []
+
+
+def _choices(kind: str) -> str:
+    """A type as a reader of a table wants it, without a bar that would start another cell."""
+    return re.sub(r"Literal\[(.*?)\]", r"\1", kind).replace(" | ", " or ")
 
 
 def public_names(module: str) -> list[str]:

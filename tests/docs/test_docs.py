@@ -1,5 +1,8 @@
 """The sources of the documentation: complete, linked, and true to the code. Nothing is built."""
 
+import dataclasses
+import importlib
+import inspect
 import json
 import re
 import sys
@@ -77,6 +80,36 @@ def test_the_api_pages_hold_the_public_names():
     assert sorted(name for _, name in directives) == sorted(smearlens.__all__)
     for module, name in directives:
         assert name in reference.public_names(module.removeprefix("smearlens."))
+
+
+def test_the_api_pages_tell_every_field_and_preset():
+    pages = "\n".join(reference.api_pages().values())
+    for name in smearlens.__all__:
+        thing = getattr(smearlens, name)
+        section = pages.split(f".{name}\n")[1].partition("\n::: ")[0]
+        for preset in getattr(thing, "presets", {}):
+            assert f"| `{preset}` |" in section, (name, preset)
+        if name.endswith("Config"):
+            rows = [
+                row.strip("| ").split(" | ") for row in section.splitlines() if row[:3] == "| `"
+            ]
+            told = {cells[0].strip("`"): cells for cells in rows}
+            assert list(told) == [field.name for field in dataclasses.fields(thing)]
+            for field in dataclasses.fields(thing):
+                _, takes, default, meaning = told[field.name]
+                assert takes, (name, field.name)
+                assert meaning, (name, field.name)
+                required = field.default is dataclasses.MISSING
+                assert (
+                    default == "required" if required else eval(default.strip("`")) == field.default
+                )
+
+
+def test_the_results_on_the_api_pages_exist():
+    for homes in reference.RESULTS_OF.values():
+        for home in homes:
+            module, _, name = home.rpartition(".")
+            assert inspect.isclass(getattr(importlib.import_module(f"smearlens.{module}"), name))
 
 
 def test_modules_below_the_public_names_exist():

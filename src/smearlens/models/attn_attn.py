@@ -19,16 +19,17 @@ from smearlens.nn.layers import Block
 class AttnAttnConfig:
     """Sizes and switches of an AttnAttn."""
 
-    d_vocab: int
-    d_model: int = 512
-    n_heads: int = 8
-    n_layers: int = 2
-    n_ctx: int = 256
+    d_vocab: int  # kinds of tokens
+    d_model: int = 512  # width of the residual stream
+    n_heads: int = 8  # each d_model / n_heads wide
+    n_layers: int = 2  # attention layers
+    n_ctx: int = 256  # longest sequence, in tokens
+    # added to the embedding: trained, fixed, or trained from the fixed on; rotary turns Q and K
     positions: Literal["learned", "sinusoidal", "learned-sinusoidal", "rotary"] | None = "learned"
     residual: bool = True  # each layer adds to its input instead of replacing it
-    norm: bool = False
+    norm: bool = False  # LayerNorm before attention, MLP and unembedding
     mlp: bool = False  # 4 · d_model wide, after each attention
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the embedding and on what each sublayer adds
 
     def __post_init__(self):
         check_sizes(self, "d_vocab", "d_model", "n_heads", "n_layers", "n_ctx")

@@ -24,11 +24,12 @@ _AS_SHAKESPEARE = "the character model of nanoGPT on {}, as in the write-up on a
 class CharGPTConfig:
     """Sizes and switches of a CharGPT."""
 
-    d_vocab: int
-    d_model: int = 384
-    n_heads: int = 6
-    n_layers: int = 6
-    n_ctx: int = 256
+    d_vocab: int  # kinds of tokens
+    d_model: int = 384  # width of the residual stream
+    n_heads: int = 6  # each d_model / n_heads wide
+    n_layers: int = 6  # blocks of attention and MLP
+    n_ctx: int = 256  # longest sequence, in tokens
+    # added to the embedding: trained, fixed, or trained from the fixed on; rotary turns Q and K
     positions: Literal["learned", "sinusoidal", "learned-sinusoidal", "rotary"] | None = "learned"
     bias: bool = False  # in linear maps and LayerNorms; GPT-2 has them, nanoGPT trains without
     gelu: Literal["exact", "tanh"] = "exact"  # as nanoGPT; "tanh" is the form that GPT-2 has

@@ -22,19 +22,20 @@ from smearlens.nn.layers import Block
 class ConvAttnConfig:
     """Sizes and switches of a ConvAttn."""
 
-    d_vocab: int
-    d_model: int = 512
-    n_heads: int = 8
+    d_vocab: int  # kinds of tokens
+    d_model: int = 512  # width of the residual stream
+    n_heads: int = 8  # each d_model / n_heads wide
     kernel_size: int = 5  # taps: the token itself and 4 before it
-    n_ctx: int = 256
+    n_ctx: int = 256  # longest sequence, in tokens
     causal: bool = True  # of the convolution; False pads "same", as the write-ups did: reads ahead
-    conv_on: Literal["stream", "q", "k", "v"] | None = "stream"
-    smear: bool = False
+    conv_on: Literal["stream", "q", "k", "v"] | None = "stream"  # what is convolved; None: nothing
+    smear: bool = False  # mix each key with the one before it, by one learned weight per head
+    # added to the embedding: trained, fixed, or trained from the fixed on; rotary turns Q and K
     positions: Literal["learned", "sinusoidal", "learned-sinusoidal", "rotary"] | None = "learned"
     residual: bool = False  # each sublayer adds to its input instead of replacing it
-    norm: bool = False
+    norm: bool = False  # LayerNorm before attention, MLP and unembedding
     mlp: bool = False  # 4 · d_model wide, after attention
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the embedding and on what each sublayer adds
 
     def __post_init__(self):
         check_sizes(self, "d_vocab", "d_model", "n_heads", "kernel_size", "n_ctx")

@@ -28,20 +28,22 @@ from smearlens.nn.ssm import SelectiveSSM
 class MambaConfig:
     """Sizes and switches of a Mamba."""
 
-    d_vocab: int
-    d_model: int = 64
-    n_layers: int = 2
-    n_ctx: int = 256
+    d_vocab: int  # kinds of tokens
+    d_model: int = 64  # width of the residual stream
+    n_layers: int = 2  # Mamba blocks
+    n_ctx: int = 256  # longest sequence, in tokens
     kernel_size: int = 4  # taps of the short convolution; 1 sees only the present token
     expand: int = 2  # d_inner = expand · d_model
-    d_state: int = 16
+    d_state: int = 16  # states per channel
     rule: Literal["mamba", "zoh", "bilinear", "bilinear-clamped"] = "mamba"  # discretisation
-    a: Literal["learned", "minus-one"] = "learned"
+    a: Literal["learned", "minus-one"] = "learned"  # A = -exp(A_log), or -1: Δ alone decides
+    # Δ read off the token, one learned per channel, or read off the position
     delta: Literal["selective", "constant", "position"] = "selective"
     scale_delta: bool = False  # divide Δ by √d_inner
     scan: str = "fused"  # or a method of nn.scan_variants.linear_scan
+    # added to the embedding: trained, fixed, or trained from the fixed on
     positions: Literal["learned", "sinusoidal", "learned-sinusoidal"] | None = None
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the embedding and on what each sublayer adds
     tied: bool = False  # unembed with the embedding
 
     def __post_init__(self):

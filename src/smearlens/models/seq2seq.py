@@ -35,14 +35,15 @@ class Seq2SeqConfig:
     """Sizes and switches of a Seq2Seq."""
 
     d_vocab: int = 29  # of source and target: a-z, '-', start, end
-    d_model: int = 64
-    n_heads: int = 8
+    d_model: int = 64  # width of the residual stream
+    n_heads: int = 8  # each d_model / n_heads wide
     n_layers: int = 2  # of the encoder, and again of the decoder
     n_ctx: int = 32  # longest source and longest target, in tokens
-    d_mlp: int = 64
+    d_mlp: int = 64  # width of each MLP
+    # added to the embedding: trained, fixed, or trained from the fixed on
     positions: Literal["learned", "sinusoidal", "learned-sinusoidal"] | None = "sinusoidal"
     norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer, or after its sum
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the embedding and on what each sublayer adds
     start: int = 27  # token that every target begins with
     end: int = 28  # token that every target ends with
 
