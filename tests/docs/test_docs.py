@@ -142,6 +142,26 @@ def test_a_release_has_one_date_everywhere():
     assert released != version.endswith("(unreleased)")
 
 
+def test_the_start_page_names_every_tutorial():
+    start = prose("index.md")
+    assert [e.stem for e in EXAMPLES if f"](tutorials/{e.stem}.md)" not in start] == []
+
+
+def test_the_answers_to_questions_are_functions_that_exist():
+    table = prose("metrics/index.md").split("## From a question")[1].split("\n## ")[0]
+    links = re.findall(r"\[((?:`[^`]*`(?:, )?)+)\]\(([^)#]*)#?([^)]*)\)", table)
+    known = {*smearlens.__all__, *reference.public_names("analysis.states")}
+    for names, page, anchor in links:
+        for name in re.findall(r"`(\w+)", names):
+            assert name in known, name
+            if page.startswith("../api/"):
+                assert name in reference.api_names()[Path(page).stem]
+            elif not anchor and "tutorials" not in page:
+                assert name in re.findall(r"\w+", "".join(re.findall(
+                    r"^## .*$", prose(f"metrics/{page}"), re.MULTILINE)))  # fmt: skip
+    assert len(links) > 20
+
+
 def test_links_between_pages_resolve():
     pages = built_pages()
     for page in pages:
@@ -236,6 +256,25 @@ def test_the_hook_table_is_that_of_the_model(build):
             else:
                 assert size == SIZES[word], (name, word)
         assert len(meaning) > 8, name
+
+
+def test_the_shapes_of_the_endings_are_those_of_the_models():
+    table = prose("hooks.md").split("## A model of your own")[1].split("What runs")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    told = {}
+    for _, _, shapes, _ in rows:
+        for names, shape in re.findall(r"([\w ,]*)(`\[[^`]*\]`)", shapes):
+            for name in re.findall(r"\w+", names.replace(" and ", " ")):
+                told[f"hook_{name}"] = shape.strip("`")
+    told |= {"hook_weight": "[head]", "hook_resid_post": "[batch pos d_model]"}
+    models = (ConvAttn.from_preset("cpu", smear=True), Mamba.from_preset("cpu"))
+    known = {
+        name.split(".")[-1]: shape for m in models for name, shape, _ in reference.hook_rows(m)
+    }
+    assert told == {name: known[name] for name in told}
+    assert len(told) == 17
+    endings = {name for row in rows for name in re.findall(r"hook_\w+", row[1])}
+    assert endings == set(told)
 
 
 def test_every_error_class_has_its_entry():

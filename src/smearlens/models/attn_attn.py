@@ -29,7 +29,7 @@ class AttnAttnConfig:
     residual: bool = True  # each layer adds to its input instead of replacing it
     norm: bool = False  # LayerNorm before attention, MLP and unembedding
     mlp: bool = False  # 4 · d_model wide, after each attention
-    dropout: float = 0.0  # on the embedding and on what each sublayer adds
+    dropout: float = 0.0  # on the embedding and on what attention and MLP add
 
     def __post_init__(self):
         check_sizes(self, "d_vocab", "d_model", "n_heads", "n_layers", "n_ctx")

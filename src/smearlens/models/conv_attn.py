@@ -35,7 +35,7 @@ class ConvAttnConfig:
     residual: bool = False  # each sublayer adds to its input instead of replacing it
     norm: bool = False  # LayerNorm before attention, MLP and unembedding
     mlp: bool = False  # 4 · d_model wide, after attention
-    dropout: float = 0.0  # on the embedding and on what each sublayer adds
+    dropout: float = 0.0  # on the embedding and on what attention and MLP add
 
     def __post_init__(self):
         check_sizes(self, "d_vocab", "d_model", "n_heads", "kernel_size", "n_ctx")
