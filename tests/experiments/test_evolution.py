@@ -21,6 +21,7 @@ from smearlens.experiments.evolution import samples as samples_module
 from smearlens.experiments.evolution.paths import turn
 from smearlens.experiments.evolution.samples import correlation
 from smearlens.experiments.evolution.study import EvolutionConfig, cells, data_sets, file_of, run
+from smearlens.experiments.evolution.times import times
 from smearlens.experiments.evolution.verdicts import contrast, judge
 from smearlens.training.randomness import observing
 
@@ -415,6 +416,23 @@ def test_claim_25_asks_when_and_whether(js, outcome):
     assert verdict(25, seeds(js=js)).outcome == outcome
 
 
+def test_claim_25_is_about_every_data_set():
+    """A sudden change in one of three, where the write-up says, is not enough."""
+    smooth = 0.5 + 0.4 * np.exp(-np.array(STEPS) / 300)
+
+    def world(place, sudden):
+        return [
+            made(seed, task, js=step_at(place)(seed) if task in sudden else smooth + wiggle())
+            for task in (SHAKESPEARE, "enwik8", "text8")
+            for seed in range(5)
+        ]
+
+    assert verdict(25, world(600, {SHAKESPEARE, "enwik8", "text8"})).outcome == "supported"
+    assert verdict(25, world(600, {"text8"})).outcome == "undecided"
+    assert verdict(25, world(200, {"text8"})).outcome == "undecided"
+    assert verdict(25, world(200, {SHAKESPEARE, "enwik8", "text8"})).outcome == "refuted"
+
+
 def alike(high, low, rest=0.5):
     def value(one, other):
         return high if one >= 3 else low if other <= 2 else rest
@@ -471,16 +489,18 @@ def test_claim_27_takes_the_common_trend_out(linked, outcome):
     assert min(plain) > 0.9, "with the trend left in, anything correlates"
 
 
-def pair(identical=True, difference=0.0, same_samples=True):
-    return {"identical": identical, "difference": difference, "same_samples": same_samples}
+def pair(identical=True, difference=0.0, same_samples=True, seed=0):
+    return {"identical": identical, "difference": difference, "same_samples": same_samples,
+            "seed": seed}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("compared", "outcome"),
     [
         ([pair(), pair()], "refuted"),
-        ([pair(False, -0.02), pair(False, -0.021), pair(False, -0.019)], "supported"),
-        ([pair(False, -0.02), pair(False, 0.02)], "undecided"),
+        ([pair(False, -0.02 - 0.001 * seed, seed=seed) for seed in range(3)], "supported"),
+        ([pair(False, -0.02, seed=0), pair(False, 0.02, seed=1)], "undecided"),
+        ([pair(False, -0.02), pair(False, -0.021), pair(False, -0.019)], "undecided"),  # one seed
         ([], "undecided"),
     ],
 )
@@ -488,9 +508,17 @@ def test_claim_28_reads_bytes(compared, outcome):
     assert verdict(28, seeds(2), compared=compared).outcome == outcome
 
 
-def cost(share, speed=0.9):
+def test_claim_28_counts_the_seeds_that_were_compared():
+    compared = [pair(seed=seed) for seed in (0, 0, 0, 1)]
+    found = verdict(28, seeds(5), compared=compared)
+    assert found.n_seeds == 2
+    assert found.findings[0].estimate.n == 2
+    assert verdict(30, seeds(5), compared=compared).n_seeds == 5
+
+
+def cost(share, speed=0.999, seed=0):
     return {"share": share, "share_as_run": 0.1, "tokens_per_second": 100.0,
-            "tokens_per_second_tracked": 100 * speed}  # fmt: skip
+            "tokens_per_second_tracked": 100 * speed, "seed": seed}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -504,8 +532,40 @@ def cost(share, speed=0.9):
     ],
 )
 def test_claim_30_reads_costs_and_bytes(shares, compared, outcome):
-    times = [cost(share) for share in shares]
-    assert verdict(30, seeds(2), times, compared).outcome == outcome
+    spent = [cost(share, seed=seed) for seed, share in enumerate(shares)]
+    assert verdict(30, seeds(2), spent, compared).outcome == outcome
+
+
+@pytest.mark.parametrize(("speed", "outcome"), [(0.999, "supported"), (0.5, "undecided")])
+def test_claim_30_reads_the_speed_of_generation(speed, outcome):
+    spent = [cost(0.01, speed + 0.0001 * seed, seed) for seed in range(3)]
+    found = verdict(30, seeds(3), spent, [pair()])
+    assert found.outcome == outcome
+    assert f"Generation runs at {speed:.3f}" in found.because
+    assert "nothing attached" not in found.because
+
+
+def test_costs_of_one_seed_have_no_interval():
+    spent = [cost(share) for share in (0.01, 0.011, 0.012)]
+    for each in verdict(30, seeds(3), spent, [pair()]).findings:
+        assert (each.estimate.n, each.estimate.high) == (1, float("inf"))
+
+
+def test_an_update_is_timed_where_nothing_else_was_done(tmp_path):
+    rows = [(0, None), (1, 9.0), (2, 0.01), (4, 0.03), (5, 7.0), (8, 5.0), (10, 0.02)]
+    looks = [{"step": step, "look": 0.5, "updates": seconds} for step, seconds in rows]
+    logged = {"tracking_seconds": looks, "writing": [{"step": 0}, {"step": 4}]}
+    for name, each in {**logged, "evaluation": [{"step": 0}, {"step": 6}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    (tmp_path / "times.json").write_text("{}")
+    cell = cells(TINY)[0]
+    found = times(cell, tmp_path)
+    assert found["update"] == pytest.approx((0.01 + 0.03 + 0.02) / (1 + 2 + 2))
+    assert found["share"] == pytest.approx(0.5 / (500 * found["update"]))
+    (tmp_path / "evaluation.jsonl").write_text(
+        "".join(json.dumps({"step": step}) + "\n" for step in range(11))
+    )
+    assert times(cell, tmp_path)["update"] == pytest.approx(21.06 / 10)  # nothing else is left
 
 
 @pytest.mark.parametrize(

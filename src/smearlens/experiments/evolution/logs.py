@@ -46,7 +46,10 @@ class Timed:
         self.tracker, self._ended = tracker, 0.0
 
     def __call__(self, moment: Moment) -> None:
-        """Look if it is time to, and write what the look and the updates before it took."""
+        """Look if it is time to, and write what the look took, and all that went before it.
+
+        Before it are the updates since the look before, and what else was done meanwhile.
+        """
         if not self.tracker.is_due(moment.step, moment.steps):
             return
         started = time.process_time()

@@ -37,17 +37,32 @@ def times(cell: Cell, folder: Path) -> Numbers:
         **json.loads(path.read_text()),
     }  # fmt: skip
     rows = rows_of(folder, "tracking_seconds")
-    timed = [
-        (row["updates"], row["step"] - before["step"])
-        for before, row in pairwise(rows)
-        if row["updates"] is not None
-    ]
+    timed = _updates(folder, rows)
     if timed:
         look = statistics.fmean(row["look"] for row in rows)
         update = sum(seconds for seconds, _ in timed) / sum(updates for _, updates in timed)
         found |= {"look": look, "update": update, "share": look / (SPACING * update)}
         found["share_as_run"] = look * len(rows) / (update * cell.train.steps)
     return found
+
+
+def _updates(folder: Path, rows: Sequence[Numbers]) -> list[tuple[float, int]]:
+    """CPU seconds between two looks, and updates in them, where nothing but updates was done.
+
+    The seconds before a look also hold what else came after the look before it: the model wrote,
+    its patterns were kept, or it was evaluated. Such stretches are left out, unless all are such.
+    """
+    wrote = {row["step"] for row in rows_of(folder, "writing")}
+    evaluated = {row["step"] for row in rows_of(folder, "evaluation")}
+    found, clean = [], []
+    for before, row in pairwise(rows):
+        if row["updates"] is None:
+            continue
+        first, last = before["step"], row["step"]
+        found.append((row["updates"], last - first))
+        if first not in wrote and evaluated.isdisjoint(range(first + 1, last + 1)):
+            clean.append(found[-1])
+    return clean or found
 
 
 def _generation_speed(model: Any) -> Numbers:
