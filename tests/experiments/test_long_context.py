@@ -235,7 +235,8 @@ def world(*, harm=0.0, drop=0.0, learned=0.9, end=0.0, early=None, rare=0.0):
                 m = {
                     "name": name, "task": text, "seed": seed,
                     "val_loss": 2.0 + (end + shift) * own,
-                    "curve": [{"loss": 4.0}, {"loss": half}, {"loss": 2.0}],
+                    "n_parameters": 1030 if own else 1000,
+                    "curve": [{"step": s, "loss": x} for s, x in ((0, 4.0), (5, half), (10, 2.0))],
                     "recall": [{"distance": "far", "frequency": "rare", "loss": rare_loss,
                                 "n": 99}],
                     "rare_far": [rare_loss, None, rare_loss + 0.1],
@@ -269,6 +270,11 @@ def test_every_outcome_can_be_reached(number, changes, outcome):
     (found,) = (v for v in judge(world(**changes)) if v.claim.number == number)
     assert found.outcome == outcome
     assert found.n_seeds == 3
+
+
+def test_the_difference_in_weights_is_told():
+    (found,) = (v for v in judge(world()) if v.claim.number == 10)
+    assert "the convolution has 3.0 % more on tiny Shakespeare; 3.0 % more on Tiny" in found.because
 
 
 def test_one_seed_proves_nothing():
@@ -331,7 +337,7 @@ def test_without_stories_the_grid_is_smaller_and_a_wrong_folder_fails(tmp_path):
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"d_model": 48}, "d_model must be a multiple of 32, got 48"),
         ({"length": 100}, "length must be even, at least 128"),
-        ({"longest": 200}, "longest twice as long or more, got length=128, longest=200"),
+        ({"longest": 256}, "longest four times as long or more, got length=128, longest=256"),
         ({"paper_steps": -1}, "paper_steps must be 0 or above, got -1"),
     ],
 )

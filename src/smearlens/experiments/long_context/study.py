@@ -70,10 +70,10 @@ class LongContextConfig:
         if self.d_model % 32:
             raise ValueError(f"d_model must be a multiple of 32, got {self.d_model}")
         least = 2 * measured.FAR
-        if self.length < least or self.length % 2 or self.longest < 2 * self.length:
+        if self.length < least or self.length % 2 or self.longest < 4 * self.length:
             raise ValueError(
-                f"length must be even, at least {least}, and longest twice as long or more, got "
-                f"length={self.length}, longest={self.longest}"
+                f"length must be even, at least {least}, and longest four times as long or more, "
+                f"got length={self.length}, longest={self.longest}"
             )
         if self.paper_steps < 0:
             raise ValueError(f"paper_steps must be 0 or above, got {self.paper_steps}")
