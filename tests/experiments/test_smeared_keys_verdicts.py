@@ -8,7 +8,15 @@ from smearlens.experiments.smeared_keys import text_verdicts as on_text
 from smearlens.experiments.smeared_keys import verdicts as on_repeats
 from smearlens.experiments.smeared_keys.measures import norm_summary
 
-PADDING = {"128": {"pad_fraction": 0.62, "constant": 0.62, "unigram": 0.04}}
+PADDING = {
+    "128": {
+        "lines": 1483.0,
+        "blank": 541.0,
+        "pad_fraction": 0.62,
+        "constant": 0.62,
+        "unigram": 0.04,
+    }
+}
 SEEDS = (0, 1, 2)
 
 
@@ -57,6 +65,11 @@ def test_start_accuracy(real, counted, outcome):
     assert verdict.outcome == outcome
 
 
+def test_start_accuracy_says_of_which_lines():
+    said = on_text.start_accuracy(padded(), PADDING).because
+    assert "Of the targets of 1,483 held-out lines of WikiText-2 (541 of them blank)" in said
+
+
 def test_start_accuracy_needs_lines_that_are_mostly_padding():
     few = {"128": {**PADDING["128"], "constant": 0.2}}
     assert on_text.start_accuracy(padded(), few).outcome == "undecided"
@@ -96,6 +109,15 @@ def masks(later_open=0.7, later_masked=0.0, last_masked=0.0):
     ]
 
 
+def test_two_models_of_a_seed_are_one_piece_of_evidence():
+    findings = on_text.last_token(masks()).findings
+    assert {f.estimate.n for f in findings} == {3}
+    single = on_text.last_token([m for m in masks() if m["seed"] == 1])
+    kernel = on_repeats.kernel_range([m for m in kernels() if m["seed"] == 1])
+    for found in (*single.findings, *kernel.findings):
+        assert found.estimate.high == float("inf"), found.label
+
+
 def test_last_token():
     assert on_text.last_token(masks()).outcome == "refuted"
     assert "dominates no head" in on_text.last_token(masks()).because
@@ -118,12 +140,12 @@ def layer(score, effect):
     }
 
 
-def stacks(first=0.05, first_effect=-0.01, second=0.5, accuracy=0.95):
+def stacks(first=0.05, first_effect=-0.01, second=0.5, accuracy=0.95, one=0.2):
     def make(seed):
         layers = [layer(first + 0.001 * seed, first_effect), layer(second + 0.001 * seed, -0.3)]
         return {"accuracy": accuracy, "layers": layers}
 
-    alone = made("repeats", "attention only", lambda seed: {"accuracy": 0.2})
+    alone = made("repeats", "attention only", lambda seed: {"accuracy": one + 0.001 * seed})
     return [*made("repeats", "two layers", make), *alone]
 
 
@@ -136,6 +158,7 @@ def stacks(first=0.05, first_effect=-0.01, second=0.5, accuracy=0.95):
         ({"first": 0.5}, "undecided"),  # a pattern that nothing depends on
         ({"accuracy": 0.3}, "undecided"),  # nobody learned the task
         ({"second": 0.05}, "undecided"),  # no layer scores
+        ({"one": 0.99}, "undecided"),  # one layer alone does it, without any diagonal
     ],
 )
 def test_first_layer(change, outcome):
@@ -196,26 +219,50 @@ def test_future_tap():
 # Claim 8 ---------------------------------------------------------------------------------------
 
 
-def test_the_place_of_the_stripe_in_bare_stacks_is_told():
-    def works(accuracy, score=0.6):
-        best = {"score": score, "control": 0.1, "chance": 0.04}
-        lags = {r: {"accuracy": a} for r, a in (("q", 0.9), ("k", 0.1), ("v", accuracy))}
-        return lambda seed: {
-            "accuracy": accuracy + 0.001 * seed,
-            "scores": {"induction": {"best": best}},
-            "smearing": {"without_lags": lags},
-            "offsets": {"1": {"score": 0.4}, "2": {"score": 0.1 + 0.3 * seed}},
-        }
+def works(accuracy, score=0.6, **offsets):
+    best = {"score": score, "control": 0.1, "chance": 0.04}
+    lags = {r: {"accuracy": a} for r, a in (("q", 0.9), ("k", 0.1), ("v", accuracy))}
+    places = {"one": 0.4, "two": 0.1, **offsets}
+    return lambda seed: {
+        "accuracy": accuracy + 0.001 * seed,
+        "scores": {"induction": {"best": best}},
+        "smearing": {"without_lags": lags},
+        "offsets": {
+            "1": {"score": places["one"]}, "2": {"score": places["two"] + 0.3 * (seed == 2)},
+        },
+    }  # fmt: skip
 
-    runs = [
-        *made("repeats", "attention only", works(0.1)),
-        *made("repeats", "two layers", works(0.95)),
-        *made("repeats", "conv k=3", works(0.99)),
-        *made("repeats", "conv k=3, bare", works(0.97)),
-    ]
-    verdict = on_repeats.stripe(runs)
-    assert verdict.outcome == "supported"
-    assert "in 2 of 3 runs, and one token further on in 1" in verdict.because
+
+def striped(own, bare=0.97, **offsets):
+    """Stacks with skip connections that support claim 8, and the write-up's own, kernel 5 bare."""
+    return [
+        m
+        for end in ("", ", bare")
+        for name, make in (
+            (f"attention only{end}", works(0.1)),
+            (f"two layers{end}", works(0.95)),
+            (f"conv k=3{end}", works(bare, **offsets)),
+        )
+        for m in made("repeats", name, make)
+    ] + made("repeats", "conv k=5, bare", own)
+
+
+def test_claim_8_is_about_the_stack_of_the_writeup():
+    assert on_repeats.stripe(striped(works(0.97))).outcome == "supported"
+    failing = on_repeats.stripe(striped(works(0.4, score=0.03)))
+    assert failing.outcome == "undecided"
+    assert "With skip connections, which the write-ups' models do not have" in failing.because
+    assert "conv k=5, bare: accuracy 0.40, induction score 0.03 one token after" in failing.because
+    assert any(f.label == "conv k=5, bare: accuracy" for f in failing.findings)
+    worse = on_repeats.stripe(striped(works(0.1)))  # two bare layers learn it
+    assert worse.outcome == "undecided"
+    without_skips = on_repeats.stripe(striped(works(0.97), bare=0.1))
+    assert without_skips.outcome == "refuted"
+
+
+def test_the_place_of_the_stripe_in_bare_stacks_is_told():
+    said = on_repeats.stripe(striped(works(0.97), one=0.35)).because
+    assert "of the places +1 to +2 most weight lies at +1 in 2, +2 in 1 of 3 runs" in said
 
 
 # Claim 10 --------------------------------------------------------------------------------------
@@ -230,7 +277,9 @@ def pairs(gap):
 
             def make(seed, less=less, key=key):
                 loss = 2.0 - less + 0.01 * seed
-                return {key: loss, "curve": [{"loss": 4.0}, {"loss": loss + 0.5}, {"loss": loss}]}
+                losses = ((0, 4.0), (5, loss + 0.5), (10, loss))
+                curve = [{"step": step, "loss": value} for step, value in losses]
+                return {key: loss, "curve": curve}
 
             found += made(task, name, make)
     return found
@@ -243,6 +292,7 @@ def test_converges_faster():
     mixed = on_text.converges_faster(pairs(lambda pair: 0.3 if "bare" in pair[1] else -0.3))
     assert mixed.outcome == "undecided"
     assert "ahead in 3 and behind in 3 of 6 pairs" in mixed.because
+    assert "conv k=5, with 0.0 % fewer parameters, minus four layers +0.30" in mixed.because
     one_text = [m for m in pairs(lambda pair: 0.3) if m["task"] == "text"]
     assert len(on_text.converges_faster(one_text).findings) == 8
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from smearlens.experiments.claims import CLAIMS, WRITEUPS, claim
+from smearlens.experiments.rules import half_way, per_seed
 from smearlens.experiments.smeared_keys.short_verdicts import judge
 
 
@@ -37,7 +38,8 @@ def repeats(name, seed, accuracy, score, control=0.05, *, k=0.1, v=None, signed=
 
 def text(name, seed, loss):
     loss += 0.01 * seed
-    return run("text", name, seed, val_loss=loss, curve=[{"loss": loss + 1}, {"loss": loss + 0.2}])
+    curve = [{"step": step, "loss": loss + more} for step, more in ((0, 2), (5, 0.2), (10, 0))]
+    return run("text", name, seed, val_loss=loss, curve=curve)
 
 
 def world(**changes):
@@ -128,6 +130,50 @@ def test_each_outcome_needs_its_evidence(number, outcome, edits):
 def test_one_seed_proves_nothing():
     single = [m for m in world() if m["seed"] == 0]
     assert set(outcomes(single).values()) == {"undecided"}
+
+
+def test_one_seed_has_no_interval_in_any_finding():
+    """Also where several models of a seed are read together: they are no more than one."""
+    for verdict in judge([m for m in world() if m["seed"] == 0]):
+        for found in verdict.findings:
+            assert (found.estimate.n, found.estimate.high) == (1, float("inf")), found.label
+
+
+def test_runs_of_a_seed_are_averaged_whatever_their_order():
+    runs = [{"seed": seed} for seed in (2, 0, 2, 2, 0)]
+    assert per_seed(runs, [1.0, 10.0, 2.0, 6.0, 30.0]) == [20.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "half"),
+    [
+        ((0, 80, 160, 240, 320, 400), 160),  # 160 and 240 are equally near: the earlier
+        ((0, 30, 60, 90, 120, 150), 60),
+        ((0, 71, 142, 213, 284, 355, 426, 497, 500), 284),  # nearest 250: 213 is 37 off, 284 is 34
+        ((0, 100, 200), 100),
+    ],
+)
+def test_half_way_is_half_of_the_updates(steps, half):
+    curve = [{"step": step, "loss": float(step)} for step in steps]
+    assert half_way([{"curve": curve}]) == [half]
+
+
+def test_the_short_study_speaks_of_models_with_skip_connections():
+    (verdict,) = (v for v in judge(world()) if v.claim.number == 8)
+    assert verdict.because.startswith("With skip connections, which the write-ups' models do not")
+
+
+def test_a_stripe_with_same_padding_is_not_said_to_be_gone():
+    def said(runs):
+        (verdict,) = (v for v in judge(runs) if v.claim.number == 9)
+        assert verdict.outcome == "refuted"
+        return verdict.because
+
+    assert "the stripe is gone" in said(world())
+    edit = set_("scores", "induction", "best", "score", 0.93)
+    there = said(world(edits={("repeats", "conv k=3, same padding"): edit}))
+    assert "gone: " not in there
+    assert there.endswith("With 'same' padding the stripe is not surely gone.")
 
 
 def test_every_verdict_has_a_causal_number_and_counts_its_seeds():

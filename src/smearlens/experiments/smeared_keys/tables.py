@@ -108,13 +108,13 @@ def text_table(study: Study) -> Rows:
 
 def padding_table(study: Study) -> Rows:
     """What padding alone does to held-out lines, by length."""
-    rows = [["lines cut or padded to", "lines", "pads among the targets",
+    rows = [["lines cut or padded to", "lines", "of them blank", "pads among the targets",
              "accuracy of always saying 'pad', pads counted",
              "accuracy of the most frequent token, real targets"]]  # fmt: skip
     for length, found in study["padding"].items():
         rows.append([
-            f"{length} tokens", f"{found['lines']:,.0f}", f"{found['pad_fraction']:.3f}",
-            f"{found['constant']:.3f}", f"{found['unigram']:.3f}",
+            f"{length} tokens", f"{found['lines']:,.0f}", f"{found['blank']:,.0f}",
+            f"{found['pad_fraction']:.3f}", f"{found['constant']:.3f}", f"{found['unigram']:.3f}",
         ])  # fmt: skip
     return rows
 

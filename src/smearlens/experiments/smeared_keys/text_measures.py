@@ -99,6 +99,7 @@ def padding(lines: Sequence[Int[Tensor, " _"]], length: int) -> dict[str, float]
     most = torch.bincount(targets.flatten()).max()
     return {
         "lines": float(len(lines)),
+        "blank": float(sum(len(line) == 0 for line in lines)),
         "pad_fraction": float((~real).double().mean()),
         "constant": float(most / targets.numel()),
         "unigram": float(torch.bincount(targets[real]).max() / real.sum()),
