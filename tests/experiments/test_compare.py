@@ -45,6 +45,8 @@ def test_the_page_is_whole_and_asks_the_network_for_nothing(study):
     for verdict in study.verdicts:
         assert f"claim {verdict.claim.number}" in page
     assert "smearlens compare --tiny" in page
+    assert "Bars: mean, lines: lowest and highest seed." in page
+    assert "Learning curves: mean over seeds, band from lowest to highest." in page
 
 
 def test_the_folder_holds_numbers_tables_and_figures(study):

@@ -208,6 +208,8 @@ def test_the_study_writes_its_numbers_tables_and_figures(study):
     found, out = study
     assert json.loads((out / "result.json").read_text()) == json.loads(as_json(found))
     assert len(found["measures"]) == len(cells(TINY)) == 2 * 8
+    page = (out / "report.html").read_text()
+    assert page.count("Bars: mean, lines: lowest and highest seed.") == 3
     tables = {p.stem: p.read_text() for p in (out / "tables").glob("*.md")}
     assert set(tables) == {"models", "roles", "exchange", "rules"}
     assert "2 layers, kernel 1" in tables["models"]

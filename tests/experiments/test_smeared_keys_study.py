@@ -49,8 +49,9 @@ def folder(tmp_path_factory):
 def few(config, *, wikitext):
     """The cells that verdicts and page need, of every task."""
     repeats = {
-        "attention only", "two layers", "conv k=3", "conv k=3, bare", "conv k=3, same padding",
-        "conv k=5", "conv k=5, same padding", "conv k=5, same padding, bare", "conv k=5 on K",
+        "attention only", "attention only, bare", "two layers", "two layers, bare", "conv k=3",
+        "conv k=3, bare", "conv k=3, same padding", "conv k=5", "conv k=5, bare",
+        "conv k=5, same padding", "conv k=5, same padding, bare", "conv k=5 on K",
     }  # fmt: skip
     grid = [cell for cell in cells(config, wikitext=wikitext) if "lr 0.01" not in cell.name]
     return [cell for cell in grid if cell.task != "repeats" or cell.name in repeats]
@@ -107,6 +108,7 @@ def test_the_page_is_whole_and_asks_the_network_for_nothing(study):
     assert {p.stem for p in (out / "figures").glob("*.png")} == {
         "curves", "kernels", "norms", "sweep", "taps",
     }  # fmt: skip
+    assert "measured on 24 lines, and the end on 128" in page
     assert "pads counted, no causal mask" in (out / "tables" / "stripes.md").read_text()
 
 

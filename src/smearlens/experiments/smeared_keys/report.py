@@ -14,6 +14,7 @@ from typing import Any
 from smearlens.analysis.stats import over_seeds
 from smearlens.experiments.smeared_keys import tables
 from smearlens.experiments.smeared_keys.short_report import head_maps
+from smearlens.experiments.smeared_keys.study import CURVE_ROWS
 from smearlens.experiments.smeared_keys.tables import Runs, variants
 from smearlens.experiments.smeared_keys.text_verdicts import CONV
 from smearlens.viz import plots
@@ -87,25 +88,29 @@ def draw_curves(figure: Any, study: Study) -> None:
 
 
 def draw_kernels(figure: Any, study: Study) -> None:
-    """RMS by lag of kernels of the stream: mean and interval over seeds, and the start."""
+    """RMS and average by lag of kernels: mean and interval over seeds, and the untrained kernel."""
     names = ("conv k=3", "conv k=5", "conv k=5, same padding", "conv k=5 on K")
     found = variants(study, "repeats")
     chosen = {n: [m["kernel"] for m in found["repeats", n]] for n in names}
-    figure.set_size_inches(11, 2.9)
-    axes = figure.subplots(1, len(chosen), sharey=True)
-    for ax, (name, kernels) in zip(axes, chosen.items(), strict=True):
-        lags = kernels[0]["lags"]
-        records = []
-        for i, lag in enumerate(lags):
+    figure.set_size_inches(11, 5.4)
+    upper, lower = figure.subplots(2, len(chosen), sharey="row")
+    for rms, average, (name, kernels) in zip(upper, lower, chosen.items(), strict=True):
+        first, records = kernels[0], []
+        for i, lag in enumerate(first["lags"]):
             e = over_seeds([k["rms"][i] for k in kernels])
             low, high = (e.low, e.high) if e.n > 1 else (e.mean, e.mean)
             records.append({"lag": lag, "rms": e.mean, "low": low, "high": high})
-        plots.draw_kernel_profile(
-            ax, records, null=kernels[0]["null_rms"], null_high=kernels[0]["null_high"]
-        )
-        ax.set_title(name, fontsize=9)
+        plots.draw_kernel_profile(rms, records, null=first["null_rms"],
+                                  null_high=first["null_high"])  # fmt: skip
+        rms.set_title(name, fontsize=9)
+        signed = [[k["signed_mean"][i] for k in kernels] for i in range(len(first["lags"]))]
+        _with_intervals(average, first["lags"], signed, colour=plots.COLOURS[0], label=name)
+        average.axhspan(-first["null_signed"], first["null_signed"], color=plots.NULL, alpha=0.15,
+                        linewidth=0)  # fmt: skip
+        average.set(xlabel="lag (tokens; 1 = previous token)", xticks=first["lags"])
     highest = max(max(k["rms"]) for kernels in chosen.values() for k in kernels)
-    axes[0].set_ylim(0, 1.1 * highest)
+    upper[0].set_ylim(0, 1.1 * highest)
+    lower[0].set_ylabel("average weight")
 
 
 def draw_taps(figure: Any, study: Study) -> None:
@@ -182,7 +187,8 @@ def _repeats_parts(study: Study) -> list[Part]:
         ),
         Part(
             "Learning curves",
-            "Mean over seeds, band from lowest to highest. On text each pair has equal parameters.",
+            "Mean over seeds, band from lowest to highest. On text the models of a "
+            "pair have nearly as many parameters (see the table of both texts).",
             name="curves", draw=partial(draw_curves, study=study),
         ),
         Part(
@@ -209,8 +215,9 @@ def _kernel_parts(study: Study) -> list[Part]:
     return [
         Part(
             "Kernels",
-            "Root mean square over channels, with intervals over seeds; grey: untrained. Moved: "
-            "distance from the start divided by the length at the start.",
+            "Above the root mean square over channels, below their average, by tap, with intervals "
+            "over seeds; grey: untrained. Moved: distance from the start divided by the length at "
+            "the start.",
             name="kernels", table=tables.kernels_table(study),
             draw=partial(draw_kernels, study=study),
         ),
@@ -225,8 +232,14 @@ def _kernel_parts(study: Study) -> list[Part]:
 
 def _text_parts(study: Study) -> list[Part]:
     parts = [
-        Part("Two texts", "Held-out loss in nats per character or token; pads never count in it.",
-             name="text", table=tables.text_table(study)),
+        Part(
+            "Two texts",
+            "Held-out loss in nats per character or token; pads never count in it. Half-way is the "
+            "evaluation nearest half of the updates, the earlier one of two; on WikiText-2 it is "
+            f"of the learning curve, measured on {CURVE_ROWS} lines, and the end on "
+            f"{study['config']['wikitext_rows']}.",
+            name="text", table=tables.text_table(study),
+        ),
         Part(
             "Gradient norms with and without clipping",
             "Bare stacks on tiny Shakespeare, before clipping at 1. Jump: a norm divided by the "
@@ -256,7 +269,12 @@ def _text_parts(study: Study) -> list[Part]:
 
 
 def _with_intervals(
-    ax: Any, at: Sequence[float], found: Sequence[Sequence[float]], *, colour: str, label: str
+    ax: Any,
+    at: Sequence[float | int],
+    found: Sequence[Sequence[float]],
+    *,
+    colour: str,
+    label: str,
 ) -> None:
     estimates = [over_seeds(values) for values in found]
     half = [e.high - e.mean if e.n > 1 else 0.0 for e in estimates]

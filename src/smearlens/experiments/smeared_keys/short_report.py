@@ -65,7 +65,7 @@ def roles_table(study: Study) -> list[list[str]]:
 
 
 def text_table(study: Study) -> list[list[str]]:
-    """Tiny Shakespeare: held-out loss at equal parameters, positions, steps and data."""
+    """Tiny Shakespeare: held-out loss at nearly equal parameters, equal steps and data."""
     rows = [["model", "parameters", "held-out loss (nats per character)", "audit"]]
     for name, runs in _variants(study, "text"):
         passed = all(m["audit"]["passed"] for m in runs)
@@ -145,13 +145,15 @@ def draw_kernels(figure: Any, study: Study) -> None:
     """Kernel profile of every convolution, seed by seed, with the null."""
     figure.set_size_inches(10, 3.0)
     chosen = [(n, r) for n, r in _variants(study, "repeats") if "kernel" in r[0]["smearing"]]
-    for ax, (name, runs) in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
-        for colour, run in zip(plots.COLOURS, runs, strict=False):
-            kernel = run["smearing"]["kernel"]
+    axes = figure.subplots(1, len(chosen), squeeze=False)[0]
+    for ax, (name, runs) in zip(axes, chosen, strict=True):
+        for i, run in enumerate(runs):
+            kernel, again = run["smearing"]["kernel"], i // len(plots.COLOURS)
             plots.draw_kernel_profile(
                 ax, kernel["records"], null=kernel["null_rms"], null_high=kernel["null_high"],
-                label=f"seed {run['seed']}", colour=colour,
+                label=f"seed {run['seed']}", colour=plots.COLOURS[i % len(plots.COLOURS)],
             )  # fmt: skip
+            ax.containers[-1].lines[0].set_linestyle(plots.LINES[again % len(plots.LINES)])
         ax.set_title(name, fontsize=9)
         ax.legend(frameon=False, fontsize=7)
 
@@ -182,7 +184,7 @@ def _parts(study: Study) -> list[Part]:
             "Does the convolution do what a previous-token head does?",
             "Accuracy counts only tokens that induction can predict. Control: the same head scored "
             "on the tokens of another example; a head that looks a fixed distance back scores as "
-            "high there.",
+            "high there. Learning curves: mean over seeds, band from lowest to highest.",
             name="models", table=models_table(study), draw=partial(draw_accuracy, study=study),
         ),
         Part(
@@ -194,7 +196,8 @@ def _parts(study: Study) -> list[Part]:
         Part(
             "Which role carries it",
             "Each role gets the activation it would have if the convolution or smearing passed "
-            "only the present token. The control moves the keys as far in a random direction.",
+            "only the present token. The control moves the keys as far in a random direction. "
+            "Bars: mean, lines: lowest and highest seed.",
             name="roles", table=roles_table(study), draw=partial(draw_roles, study=study),
         ),
         Part(

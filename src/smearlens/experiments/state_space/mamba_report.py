@@ -155,9 +155,12 @@ def draw_rules(figure: Any, study: Study) -> None:
     figure.set_size_inches(10, 3.0)
     left, right = figure.subplots(1, 2)
     rules = _rules(study)
-    for seed, colour in enumerate(plots.COLOURS[: max(len(runs) for runs in rules.values())]):
-        values = [runs[seed]["accuracy"] for runs in rules.values()]
-        left.plot(list(rules), values, marker="o", color=colour, label=f"seed {seed}")
+    for i, of_seed in enumerate(zip(*rules.values(), strict=True)):
+        left.plot(
+            list(rules), [m["accuracy"] for m in of_seed], marker="o",
+            color=plots.COLOURS[i % len(plots.COLOURS)], label=f"seed {of_seed[0]['seed']}",
+            linestyle=plots.LINES[i // len(plots.COLOURS) % len(plots.LINES)],
+        )  # fmt: skip
     left.set(ylabel="accuracy on repeats (fraction)")
     left.legend(frameon=False, fontsize=8)
     shares = {
@@ -186,20 +189,22 @@ def _parts(study: Study) -> list[Part]:
         Part(
             "Which role carries it: lags removed",
             "Each role gets the activation it would have if the convolution passed only the "
-            "present token; the others keep theirs.",
+            "present token; the others keep theirs. Bars: mean, lines: lowest and highest seed.",
             name="roles", table=roles_table(study), draw=partial(draw_roles, study=study),
         ),
         Part(
             "Which role carries it: lags exchanged",
             "The other example has the same tokens, each block in another order. A role gets what "
             "the lags bring it there. If it finds a token by what stood before it, the model now "
-            "answers by the other example's order. The figure leaves the discretisations out.",
+            "answers by the other example's order. The figure leaves the discretisations out. "
+            "Bars: mean, lines: lowest and highest seed.",
             name="exchange", table=exchange_table(study), draw=partial(draw_exchange, study=study),
         ),
         Part(
             "Discretisation",
             "Kernel 4, everything else equal; differences are paired by seed. Bilinear decays are "
-            "negative where Δ|A| > 2; bilinear-clamped sets them to 0.",
+            "negative where Δ|A| > 2; bilinear-clamped sets them to 0. Left: every seed. "
+            "Bars: mean, lines: lowest and highest seed.",
             name="rules", table=rules_table(study), draw=partial(draw_rules, study=study),
         ),
     ]  # fmt: skip
