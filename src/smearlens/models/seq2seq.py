@@ -234,8 +234,7 @@ class Seq2Seq(HookedModel):
             max_new_tokens: how many to write at most; default: all that `n_ctx` has room for
 
         Returns:
-            the tokens written, without `start`, filled up with `end`; call `model.eval()` before,
-            or dropout draws
+            the tokens written, without `start`, filled up with `end`; in train mode dropout draws
         """
         start, end, room = self.config.start, self.config.end, self.config.n_ctx - 1
         limit = room if max_new_tokens is None else max_new_tokens
