@@ -148,6 +148,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(t, v, where) for t, v in zip(inner, value, strict=True))
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where)
+    elif hint is typing.Any:
+        return value
+    elif hint is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    elif origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, where) for item in value]
+    elif origin is dict and isinstance(value, dict) and arguments[0] is str:
+        return {key: _convert(arguments[1], item, where) for key, item in value.items()}
     elif hint is type(None):
         if value is None:
             return None

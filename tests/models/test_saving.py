@@ -214,7 +214,11 @@ BROKEN = {
     ),
     "another dtype": (
         lambda f: edit_weights(f, lambda t: t.update({"embed.weight": torch.ones(11, 12).int()})),
-        WEIGHTS, r"found weights of \['torch.float32', 'torch.int32'\], expected one floating dt",
+        WEIGHTS, "found embed.weight in torch.int32, expected torch.float32; fetch or save",
+    ),
+    "two dtypes": (
+        lambda f: edit_weights(f, lambda t: t.update({"embed.weight": torch.ones(11, 12).half()})),
+        WEIGHTS, r"found weights of \['torch.float16', 'torch.float32'\], expected one floating dt",
     ),
     "no tensors": (
         lambda f: edit_weights(f, dict.clear), WEIGHTS, r"found weights of \[\], expected one fl",

@@ -22,6 +22,10 @@ from smearlens.analysis.mixing.layers import mixings
 from smearlens.analysis.mixing.state_space import SSMMixing
 
 BLOCK = re.compile(r"(?:(encoder|decoder)_)?blocks\.(\d+)")
+NOT_PLAIN = (  # fields of a Hugging Face configuration: attention is no plain softmax of q k
+    "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
+    "alibi", "relative_attention_num_buckets", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
 ATTENTION = re.compile(
     BLOCK.pattern + r"\.(?:(?:self_)?(attn)|(cross_attn))\.(hook_(?:pattern|attn_scores|v|z))"
 )
@@ -57,6 +61,19 @@ def bridge_cache(
     for name in cache.keys():  # noqa: SIM118, an ActivationCache is no mapping
         if (ours := _our_name(name)) is not None:
             found[ours] = cache[name]
+    for name in [n for n in found if n.endswith(("attn.hook_q", "attn.hook_k"))]:
+        layer = name.rpartition(".")[0]
+        seen = {f"{layer}.hook_pattern", f"{layer}.hook_attn_scores"} & found.keys()
+        if not seen and not _plain_softmax(bridge):
+            raise ValueError(
+                f"the pattern of {layer} cannot be rebuilt from its queries and keys alone: "
+                + (
+                    "pass bridge=, or "
+                    if bridge is None
+                    else "this model windows, caps or rescales; "
+                )
+                + f"cache {layer}.hook_pattern"
+            )
     for layer, mixer in _mixers(cache, bridge):
         found |= _mamba_layer(cache, layer, mixer)
         if steps:
@@ -95,6 +112,12 @@ def bridge_mixings(cache: Mapping[str, Tensor] | Any, bridge: Any = None) -> dic
             "blocks.0.attn.hook_pattern"
         )
     return found
+
+
+def _plain_softmax(bridge: Any) -> bool:
+    """Whether attention is known to be softmax(q k / √d_head) over all earlier keys."""
+    config = getattr(getattr(bridge, "original_model", None), "config", None)
+    return config is not None and not any(getattr(config, name, None) for name in NOT_PLAIN)
 
 
 def _our_name(theirs: str) -> str | None:

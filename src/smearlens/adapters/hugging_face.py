@@ -68,7 +68,10 @@ def from_hugging_face(model: Any, *, n_ctx: int = 1024) -> Mamba:
 
 @explained
 def attention_cache(
-    attentions: Sequence[Tensor | None] | Any, *, part: str = ""
+    attentions: Sequence[Tensor | None] | Any,
+    *,
+    part: str = "",
+    layers: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The attention weights a Hugging Face model returns, as a cache that every score accepts.
 
@@ -78,19 +81,23 @@ def attention_cache(
             [batch head query key] per layer
         part: "encoder", "decoder" or "cross" (attention) of an encoder-decoder; "" is all there is
             of a whole output, and of tensors those of a model without an encoder
+        layers: index of the block that each tensor comes from, for a model whose other blocks have
+            no attention (`config.layer_types` tells, or `config.layers_block_type`); default all
 
     Returns:
         names such as `blocks.0.attn.hook_pattern` to patterns; of an encoder-decoder
         `encoder.blocks.0.attn…`, `decoder.blocks.0.attn…` and `decoder.blocks.0.cross_attn…`
 
     Raises:
-        ValueError: for attentions that the model did not return
+        ValueError: for attentions that the model did not return, or `layers` that do not fit; and
+            for a whole output with more hidden states than attentions, without `layers`
         TypeError: for anything but one tensor per layer
     """
     if part not in FIELDS:
         raise ValueError(f"part must be '', 'encoder', 'decoder' or 'cross', got {part!r}")
     if isinstance(attentions, (Sequence, Tensor)):
-        return _patterns(list(attentions), part, "blocks" if part == "" else "decoder.blocks")
+        stem = "blocks" if part == "" else "decoder.blocks"
+        return _patterns(list(attentions), part, stem, layers)
     found = {name: _field(attentions, field) for name, field in FIELDS.items()}
     found = {name: layers for name, layers in found.items() if layers}
     chosen = [part] if part else list(found)
@@ -98,19 +105,30 @@ def attention_cache(
         has = [FIELDS[name] for name in found]
         raise _missing(f"{FIELDS[part]} of a {type(attentions).__name__} with {has or 'none'}")
     stem = "blocks" if "" in found else "decoder.blocks"
-    return {k: v for name in chosen for k, v in _patterns(found[name], name, stem).items()}
+    n_blocks = len(_field(attentions, "hidden_states") or ()) - 1
+    if "" in found and layers is None and n_blocks > len(found[""]):
+        raise ValueError(
+            f"{n_blocks} blocks gave {len(found[''])} attentions: say by layers= which blocks have "
+            "attention (the model's config.layer_types, or config.layers_block_type)"
+        )
+    return {k: v for name in chosen for k, v in _patterns(found[name], name, stem, layers).items()}
 
 
 def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _patterns(layers: Sequence[Any], part: str, stem: str) -> dict[str, Tensor]:
+def _patterns(
+    given: Sequence[Any], part: str, stem: str, layers: Sequence[int] | None
+) -> dict[str, Tensor]:
     """One kind of attention under our names; `stem` is where the blocks are, but for encoders."""
-    if not layers or any(layer is None for layer in layers):
+    if not given or any(layer is None for layer in given):
         raise _missing("attentions")
+    numbers = list(range(len(given)) if layers is None else layers)
+    if len(set(numbers)) != len(given):
+        raise ValueError(f"layers must be {len(given)} different indices, got {numbers}")
     found: dict[str, Tensor] = {}
-    for i, layer in enumerate(layers):
+    for i, layer in zip(numbers, given, strict=True):
         if not isinstance(layer, Tensor) or layer.ndim != 4:
             given = describe(layer) if isinstance(layer, Tensor) else type(layer).__name__
             raise TypeError(
@@ -127,7 +145,7 @@ def _patterns(layers: Sequence[Any], part: str, stem: str) -> dict[str, Tensor]:
 def _missing(what: str) -> ValueError:
     return ValueError(
         f"{what} are missing: load the model with attn_implementation='eager' and call it with "
-        "output_attentions=True"
+        "output_attentions=True (a state-space model has none: from_hugging_face takes a Mamba)"
     )
 
 

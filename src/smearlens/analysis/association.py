@@ -19,6 +19,7 @@ from smearlens.analysis.stats import RESAMPLES, as_numbers
 
 ENOUGH = 5  # independent units; with fewer a correlation describes, and shows nothing
 PERMUTATIONS = 5000
+ROUNDING = 1e-12  # relative to the largest value: below it a difference is none
 Kind = Literal["pearson", "spearman"]
 Array = np.ndarray
 
@@ -123,7 +124,7 @@ def association_within_run(metric: ArrayLike, loss: ArrayLike, steps: ArrayLike)
     """
     x, y = _pair(metric, loss, ("metric", "loss"), 4)
     time = np.log1p(_rising(steps, len(x)))
-    dx, dy = np.diff(x), np.diff(y)
+    dx, dy = (_rounded(np.diff(v), v) for v in (x, y))
     rest_x, rest_y = (_residual(v, time[:, None]) for v in (x, y))
     return WithinRun(
         differences=_correlation(dx, dy, "pearson"),
@@ -179,6 +180,7 @@ def partial_correlation(
 
     def statistic(rows: Array) -> float:
         centred = _within(table[rows], group[rows])
+        centred[:, np.abs(centred).max(0) <= ROUNDING * np.abs(table).max(0)] = 0
         rest_x, rest_y = (_residual(v, centred[:, 2:]) for v in centred[:, :2].T)
         return _correlation(rest_x, rest_y, "pearson")
 
@@ -227,8 +229,14 @@ def _correlation(x: Array, y: Array, kind: Kind) -> float:
         x, y = _ranks(x), _ranks(y)
     dx, dy = x - x.mean(), y - y.mean()
     size = np.linalg.norm(dx) * np.linalg.norm(dy)
-    least = 1e-12 * max(np.abs(x).max(), 1e-300) * max(np.abs(y).max(), 1e-300)
+    least = ROUNDING * max(np.abs(x).max(), 1e-300) * max(np.abs(y).max(), 1e-300)
     return float(np.clip(dx @ dy / size, -1, 1)) if size > least else float("nan")
+
+
+def _rounded(made: Array, of: Array) -> Array:
+    """What was `made` from numbers `of`, to the digits that survive: rounding makes no ranks."""
+    step = ROUNDING * max(np.abs(of).max(), 1e-300)
+    return np.round(made / step) * step
 
 
 def _ranks(x: Array) -> Array:
@@ -248,7 +256,7 @@ def _residual(y: Array, on: Array) -> Array:
     """What a linear fit with intercept leaves of y; zeros where only rounding is left."""
     design = np.column_stack([np.ones(len(y)), on])
     rest = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    return np.where(np.abs(rest).max() > 1e-12 * np.abs(y).max(), rest, 0)
+    return np.where(np.abs(rest).max() > ROUNDING * np.abs(y).max(), rest, 0)
 
 
 def _pair(x: ArrayLike, y: ArrayLike, names: tuple[str, str], least: int) -> tuple[Array, Array]:

@@ -102,7 +102,8 @@ def alignment_mass(
                 f"examples and {block.n_queries} queries; give one source index per query"
             )
         index = alignment[:, block.start : block.start + block.weights.shape[-2], None]
-        here = ((block.key == index + shift) & (index >= 0))[:, None]
+        known = (index >= 0) & (index < block.weights.shape[-1])
+        here = ((block.key == index + shift) & known)[:, None]
         mass, some = block.at(here)
         if not accuracy:
             return mass, some

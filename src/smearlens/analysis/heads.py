@@ -174,8 +174,13 @@ def prefix_matching_score(
 
         return value
 
+    def ceiling(block: RowBlock) -> Tensor:  # all weight on the targets
+        return 1 / (targets(block)[:, None] & block.allowed).sum(-1).clamp_min(1).double()
+
+    targets = _earlier(tokens, offset, include_boundary)
     control = weight_at(tokens.roll(1, 0)) if tokens.shape[0] > 1 else None
-    return measure(source, Metric(name, weight_at(tokens), control), RowOptions(**options))
+    metric = Metric(name, weight_at(tokens), control, ceiling if aggregate == "mean" else None)
+    return measure(source, metric, RowOptions(**options))
 
 
 def _earlier(tokens: Int[Tensor, "batch pos"], offset: int, include_boundary: bool) -> Targets:
@@ -200,9 +205,11 @@ def _earlier(tokens: Int[Tensor, "batch pos"], offset: int, include_boundary: bo
 
 def _arrival_seen(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """True at t where the pair (x[t-1], x[t]) stood somewhere before."""
-    pair = torch.stack((tokens[:, :-1], tokens[:, 1:]), -1)
-    equal = (pair[:, :, None] == pair[:, None]).all(-1).tril(-1).any(-1)
-    return torch.nn.functional.pad(equal, (1, 0))
+    whole = tokens.long() - tokens.min()
+    pair = whole[:, :-1] * (whole.max() + 1) + whole[:, 1:]
+    ordered, place = pair.sort(dim=1, stable=True)  # equal pairs side by side, earliest first
+    again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    return torch.nn.functional.pad(torch.zeros_like(again).scatter(1, place, again), (1, 0))
 
 
 def _diagonal_score(source: Any, tokens: Int[Tensor, "*batch pos"], options: dict) -> Any:

@@ -60,7 +60,7 @@ def loss_paths(
         walks with comparison to neural network training"
     """
     sizes = {name: tuple(each.shape) for name, each in losses.items()}
-    if len({size[1:] for size in sizes.values()}) != 1:
+    if len({size[1:] for size in sizes.values()}) != 1 or {*map(len, sizes.values())} != {2}:
         raise ValueError(
             f"losses must be [checkpoint token] of some models on the same tokens, got {sizes}"
         )

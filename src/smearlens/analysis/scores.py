@@ -45,7 +45,7 @@ class Scores(Mapping[str, Tensor]):
     rows: dict[str, Tensor]
     unit: str = "fraction"
     note: str = ""
-    _intervals: dict[float, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _intervals: dict[float, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __getitem__(self, layer: str) -> Float[Tensor, "example head"]:
         """Values of one layer."""

@@ -23,6 +23,9 @@ from smearlens.analysis.mixing.state_space import require_weights
 from smearlens.analysis.patterns import entropies
 
 LOG2 = 0.6931471805599453
+SPLIT = (  # activations with two axes behind the positions
+    "hook_q", "hook_k", "hook_v", "hook_z", "hook_A_bar", "hook_B_bar", "hook_write", "hook_state"
+)  # fmt: skip
 NO_DIRECTION = 1e-10  # squared length: below it a centred pattern, a uniform one, is rounding
 
 
@@ -168,7 +171,7 @@ def _cka_table(cache: Any, point: str, options: RowOptions) -> tuple[list[str], 
     names = [n for n in list(cache.keys()) if n.endswith(point)]
     if len(names) < 2:
         raise ValueError(f"cka needs at least two cached activations at {point!r}, found {names}")
-    flat = [_token_rows(cache[n], options) for n in names]
+    flat = [_token_rows(cache[n], n, options) for n in names]
     values = torch.eye(len(names), dtype=torch.float64)
     for i in range(len(names)):
         for j in range(i):
@@ -176,11 +179,13 @@ def _cka_table(cache: Any, point: str, options: RowOptions) -> tuple[list[str], 
     return names, values
 
 
-def _token_rows(x: Tensor, options: RowOptions) -> Float[Tensor, "token width"]:
+def _token_rows(x: Tensor, point: str, options: RowOptions) -> Float[Tensor, "token width"]:
     """Activations [batch pos …] (or [pos width]) as one row per token that counts."""
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"activations must be [batch pos …] or [pos width], got {list(x.shape)}")
-    x = x[None] if x.ndim == 2 else x.flatten(2)
+    split = point.rpartition(".")[2] in SPLIT
+    x = x[None] if x.ndim == 2 + split else x
+    x = x.flatten(2)
     keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if options.query_mask is not None:
         if options.query_mask.shape not in (keep.shape, keep.shape[1:]):
@@ -234,9 +239,8 @@ def _compare(
         p, q = (torch.where(valid[..., None], m.weights.double(), 0) for m in (a, b))
         if heads == "mean":
             p, q = p.mean(1, keepdim=True), q.mean(1, keepdim=True)
-        p, q = p[:, :, None], q[:, None]  # every head of one against every head of the other
         if kind == "js":
-            part = _js_sums(p, q, (valid & (allowed.sum(-1) > 1))[:, :, None])
+            part = _js_sums(p, q, valid & (allowed.sum(-1) > 1))
         else:
             part = _cosine_sums(p, q, allowed & valid[..., None], centred)
         sums = [s + t for s, t in zip(sums, part, strict=True)] if sums else part
@@ -252,15 +256,18 @@ def _cosine(cross: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _js_sums(p: Tensor, q: Tensor, several: Tensor) -> list[Tensor]:
-    js = js_similarity(p, q)
-    return [torch.where(several, js, 0).sum(-1), several.expand_as(js).sum(-1).double()]
+    # every head of one against every head of the other, one head at a time
+    js = torch.stack([js_similarity(head[:, None], q) for head in p.unbind(1)], 1)
+    several = several[:, None].expand_as(js)
+    return [torch.where(several, js, 0).sum(-1), several.sum(-1).double()]
 
 
 def _cosine_sums(p: Tensor, q: Tensor, allowed: Tensor, centred: bool) -> list[Tensor]:
     if centred:
-        uniform = (allowed.double() / allowed.sum(-1, keepdim=True).clamp_min(1))[:, :, None]
+        uniform = allowed.double() / allowed.sum(-1, keepdim=True).clamp_min(1)
         p, q = p - uniform, q - uniform
-    return [(p * q).sum((-1, -2)), p.square().sum((-1, -2)), q.square().sum((-1, -2))]
+    squares = [x.square().sum((-1, -2)) for x in (p, q)]
+    return [p.flatten(2) @ q.flatten(2).mT, squares[0][:, :, None], squares[1][:, None]]
 
 
 def _matched(table: Float[Tensor, "example one other"]) -> Float[Tensor, " example"]:

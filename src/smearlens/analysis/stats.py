@@ -69,6 +69,8 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
     """Mean over independent runs with Student's t interval; infinite with a single run."""
     from scipy.stats import t
 
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
     data = np.asarray(values, dtype=float)
     n, mean = len(data), float(data.mean())
     if n < 2:
@@ -139,7 +141,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
         b: whether the second is right on the same examples
 
     Raises:
-        ValueError: for no examples, or lists of different lengths
+        ValueError: for no examples, lists of different lengths, or what is neither right nor wrong
 
     Source:
         McNemar 1947; the exact form is the sign test of the discordant pairs
@@ -150,6 +152,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
         raise ValueError(
             f"a and b must hold outcomes on the same examples, got {len(a)} and {len(b)}"
         )
+    if wrong := [x for x in (*a, *b) if x not in (0, 1)]:
+        raise ValueError(f"a and b must hold True (right) and False, got {wrong[0]!r}")
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     discordant = only_a + only_b

@@ -173,7 +173,8 @@ def _counted(samples: Sequence[str], n: int, unit: str) -> tuple[list[list[str]]
 
 def check_texts(texts: Any, name: str) -> None:
     """Raise unless `texts` is a list of texts, with one at least."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not listed or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name} must be a list of texts; of a single one write [text]")
     if not texts:
         raise ValueError(f"{name} is empty; give at least one text")

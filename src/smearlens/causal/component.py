@@ -6,6 +6,7 @@ out the interventions themselves.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,9 +50,14 @@ class Component:
     axis: int | None = None
 
     def __post_init__(self):
-        some = isinstance(self.units, (tuple, list)) and len(self.units) > 0
-        if self.units is not None and not (some and all(isinstance(u, int) for u in self.units)):
+        given = self.units if isinstance(self.units, (tuple, list)) else ()
+        indices = bool(given) and all(hasattr(unit, "__index__") for unit in given)
+        if self.units is not None and not indices:
             raise ValueError(f"units must be some indices, or None for all, got {self.units!r}")
+        if self.units is not None:
+            object.__setattr__(self, "units", tuple(operator.index(unit) for unit in self.units))
+            if len(set(self.units)) < len(self.units):
+                raise ValueError(f"units must differ, got {self.units}")
         if not isinstance(self.axis, int | None):
             raise TypeError(f"axis must be an int or None, got {self.axis!r}")
         if self.axis is None:

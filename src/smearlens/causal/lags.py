@@ -35,7 +35,10 @@ def keep_lags(model: HookedRootModule, layer: str, keep: Sequence[int]) -> Hooks
     conv = model.mod_dict.get(layer)
     if conv is None or not hasattr(conv, "lags"):
         known = [name for name, module in model.mod_dict.items() if hasattr(module, "lags")]
-        raise ValueError(f"layer={layer!r} is no convolution of this model; convolutions: {known}")
+        raise ValueError(
+            f"layer={layer!r} is no convolution of this model, a module with `lags` (the lag of "
+            f"each tap) beside its hook_kernel; those it has: {known}"
+        )
     lags: Sequence[int] = conv.lags  # pyrefly: ignore[bad-assignment]
     if wrong := [lag for lag in keep if lag not in lags]:
         raise ValueError(f"keep must be some of the lags of {layer!r}, {lags}, got {wrong} in it")

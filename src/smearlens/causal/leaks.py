@@ -93,6 +93,12 @@ def reads_future(
     """Change all tokens after t, for every t, and look at what changes at or before t."""
     batch, length = tokens.shape
     logits = model(tokens)
+    if (noise := largest_change(model(tokens), logits)) > tolerance:
+        raise ValueError(
+            f"two runs of this {type(model).__name__} on the same tokens differ by {noise:.2g}, so "
+            "that nothing can be told from what changes with later tokens: give F.dropout "
+            "training=self.training, and keep no state between calls"
+        )
     influence, cuts, finite = [], list(range(length - 1)), bool(logits.isfinite().all())
     other = iid_tokens(batch, length, model.config.d_vocab, generator=generator)
     if torch.equal(other, tokens):  # drawn by a generator of the same seed
@@ -130,6 +136,7 @@ def iid_floor(
         return IidFloor(math.log(d_vocab), loss, error)
     trained = copy.deepcopy(model).train()
     trained.reset_hooks(including_permanent=True)
+    trained.requires_grad_(True)  # all of it, whatever is frozen in the model
     optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
     with torch.random.fork_rng(), torch.enable_grad():
         of_dropout = torch.Generator().manual_seed(generator.initial_seed())
@@ -172,7 +179,8 @@ def _jacobian(model: HookedModel, tokens: Tensor) -> float:
         return kept[0]
 
     length = tokens.shape[1]
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = tokens.clone()  # made in inference mode it could not be saved for backward
         embed = [name for name in model.hook_dict if name.endswith("hook_embed")][-1]  # decoder's
         logits = model.run_with_hooks(tokens[:2], fwd_hooks=[(embed, leaf)])
         if not kept:
@@ -210,7 +218,9 @@ def streaming_gap(model: HookedModel, tokens: Tensor) -> float | None:
         return None
     try:
         pieces = [model(tokens[:, i : i + 1], state=state) for i in range(tokens.shape[1])]
-    except ValueError:
+    except (ValueError, TypeError) as error:  # **kwargs handed to one that has no `state`
+        if isinstance(error, TypeError) and "'state'" not in str(error):
+            raise
         return None
     return largest_change(torch.cat(pieces, dim=1), model(tokens)) if state else None
 

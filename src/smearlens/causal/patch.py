@@ -57,7 +57,7 @@ class Recovery:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of patched - corrupt over examples, as a fraction of the mean gap."""
-        if not self.defined:
+        if not self.defined or not self.patched.isfinite().all():
             return torch.nan, torch.nan
         gap = float((self.clean - self.corrupt).mean())
         ends = bootstrap_interval((self.patched - self.corrupt)[:, None], level)[0] / gap
@@ -159,7 +159,7 @@ def patch_path(
     stored = activations(model, clean, [sender.name, receiver.name])
     for component in (sender, receiver):
         _check_stored(component, stored[component.name], len(clean))
-    if list(stored) != [sender.name, receiver.name]:
+    if [n for n in stored if n in (sender.name, receiver.name)] != [sender.name, receiver.name]:
         raise ValueError(
             f"no path: sender {sender.name!r} must be computed before receiver {receiver.name!r}"
         )
@@ -215,13 +215,16 @@ def attribution(
         _check_stored(Component(name), stored[name], len(clean))
     kept: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook) -> Tensor:
-        value = value if value.requires_grad else value.requires_grad_()
-        kept[hook.name] = value
-        return value
+    def keep_as(name: str) -> Callable:  # a bridge has several names for one hook
+        def keep(value: Tensor, hook) -> Tensor:
+            value = value if value.requires_grad else value.requires_grad_()
+            kept[name] = value
+            return value
+
+        return keep
 
     with torch.enable_grad():
-        logits = model.run_with_hooks(corrupt, fwd_hooks=[(name, keep) for name in names])
+        logits = model.run_with_hooks(corrupt, fwd_hooks=[(n, keep_as(n)) for n in names])
         score = scored(metric, logits, clean)
         if not score.requires_grad:
             raise ValueError(
@@ -232,9 +235,14 @@ def attribution(
             score.sum(), [kept[name] for name in names], materialize_grads=True
         )
     return {
-        name: ((stored[name] - kept[name].detach()) * grad).flatten(1).sum(1)
+        name: (_change(kept[name].detach(), stored[name]) * grad).flatten(1).sum(1)
         for name, grad in zip(names, grads, strict=True)
     }
+
+
+def _change(old: Tensor, new: Tensor) -> Tensor:
+    """The difference; 0 where both are alike, as the scores of hidden keys, -inf, are."""
+    return torch.where(new == old, 0, new - old)
 
 
 def measure_on(

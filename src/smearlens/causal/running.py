@@ -65,7 +65,7 @@ def scored(metric: BehaviourMetric, logits: Tensor, tokens: Tensor) -> Tensor:
             f"metric must return one number per example, a tensor of shape [{len(tokens)}], got "
             f"{describe(found)}; leave the mean over examples to what is returned"
         )
-    return found
+    return found if found.is_floating_point() else found.double()  # hits or counts have a mean
 
 
 def activations(

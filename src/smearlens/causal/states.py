@@ -1,8 +1,7 @@
 """Interventions on what a state-space layer remembers: its states, its steps, its convolution.
 
-Contains moving a state from one run into another, and the edits that isolate one carrier of the
-past: writing stopped, steps made the same for every token, the convolution cut. All are hooks for
-whole sequences. Leaves out edits of activations (`causal.patch`) and of taps (`causal.lags`).
+Contains moving a state into another run, and edits that isolate one carrier of the past. All are
+hooks for whole sequences. Leaves out edits of activations (`causal.patch`), taps (`causal.lags`).
 """
 
 from __future__ import annotations
@@ -212,7 +211,8 @@ def cut_convolution(
 ) -> Hooks:
     """Hooks after which no convolution carries anything from before `position` past it.
 
-    Outputs after `position` are computed as if all inputs before it were 0; the others stay.
+    Outputs after `position` are computed as if all inputs before it were 0; the others stay. Put
+    them behind hooks that edit the input or the kernel: they keep both as they find them.
 
     Args:
         model: with convolutions
@@ -221,15 +221,15 @@ def cut_convolution(
         hide_position: hide the input at `position` too. Above the first layer it has seen what came
             before, and only without it do the states after `position` carry everything
     """
-    return [
-        pair
-        for layer in _layers(model, layers, "hook_kernel")
-        for pair in _cut(layer, model.mod_dict[layer], position, int(hide_position))
-    ]
+    hidden, chosen = int(hide_position), _layers(model, layers, "hook_kernel")
+    each = (_cut(layer, model.mod_dict[layer], position, hidden) for layer in chosen)
+    return [pair for hooks in each for pair in hooks]
 
 
 def _cut(layer: str, conv: torch.nn.Module, position: int | Tensor, hidden: int) -> Hooks:
     """`cut_convolution` of one layer: input and kernel are kept until the output passes."""
+    if missing := [name for name in ("lags", "bias") if not hasattr(conv, name)]:
+        raise ValueError(f"{layer!r} lacks {missing}: the lag of each tap, and a bias or None")
     lags: list[int] = conv.lags  # pyrefly: ignore[bad-assignment]
     kept: dict[str, Tensor] = {}
 
@@ -251,9 +251,8 @@ def _cut(layer: str, conv: torch.nn.Module, position: int | Tensor, hidden: int)
         reached = _from(index + 1, length) & ~_from(index + hidden + max(lags), length)
         return torch.where(reached[..., None], seen, out)
 
-    return [(f"{layer}.{p}", keep) for p in ("hook_in", "hook_kernel")] + [
-        (f"{layer}.hook_out", cut)
-    ]
+    reads = [(f"{layer}.{point}", keep) for point in ("hook_in", "hook_kernel")]
+    return [*reads, (f"{layer}.hook_out", cut)]
 
 
 def _layers(model: HookedRootModule, layers: Layers, point: str) -> list[str]:

@@ -1,7 +1,6 @@
 """`HookedModel`: what every model shares: strict hooks, presets, saving and loading.
 
-Leaves out the files of a saved model (`models.files`) and the forward pass (`models.decoder` has
-that of the decoder-only models).
+Leaves out the files of a saved model (`models.files`) and the forward pass (`models.decoder`).
 """
 
 from __future__ import annotations
@@ -143,9 +142,9 @@ class HookedModel(HookedRootModule):
             ValueError: for a name this model does not have, with the nearest it has. After any
                 exception no hook of the block stays attached and hook contexts are as before.
         """
-        for given in (fwd_hooks, bwd_hooks):
-            if not isinstance(given, (list, tuple)):
-                raise TypeError(f"fwd_hooks and bwd_hooks are lists of pairs, got {given!r}")
+        for pairs in (fwd_hooks, bwd_hooks):
+            if not isinstance(pairs, (list, tuple)):
+                raise TypeError(f"fwd_hooks and bwd_hooks are lists of pairs, got {pairs!r}")
         for pair in (*fwd_hooks, *bwd_hooks):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
@@ -155,8 +154,9 @@ class HookedModel(HookedRootModule):
         attached = {id(handle) for _, handle in self._handles()}
         contexts = {name: dict(point.ctx) for name, point in self.hook_dict.items()}
         try:
-            with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
-                yield self
+            given = (list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts)
+            with torch.compiler.set_stance("force_eager"), super().hooks(*given):
+                yield self  # eager: compiled code sees no new hooks
         except BaseException:
             for name, point in self.hook_dict.items():
                 point.ctx = contexts[name]

@@ -5,6 +5,7 @@ Works for any model with hooks. Leaves out the run itself (`models.base`) and th
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def cache_bytes(model: Any, *inputs: Tensor, names_filter: Any = None, **options
     buffers = {name: t.to("meta") for name, t in model.named_buffers()}
     given = [t.to("meta") if isinstance(t, Tensor) else t for t in inputs]
     more = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in options.items()}
-    more["return_type"] = "logits"  # a loss reads values
+    if "return_type" in inspect.signature(model.forward).parameters:
+        more["return_type"] = "logits"  # a loss reads values
     with torch.no_grad(), model.hooks([(lambda name: True, count)]):  # no fused path: plain torch
         torch.func.functional_call(
             model, {**weights, **buffers}, tuple(given), more, tie_weights=False

@@ -33,6 +33,7 @@ def load_model(path: str | Path) -> HookedModel:
     if name not in FAMILIES:
         raise ModelFileError(
             f"{folder / 'config.json'}: found a model of class {name!r}, expected one "
-            f"of {sorted(FAMILIES)}; update smearlens or restore the file"
+            f"of {sorted(FAMILIES)}; a class of your own loads by {name}.from_pretrained, else "
+            "update smearlens or restore the file"
         )
     return load_folder(family(name), folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,17 @@ def save_folder(model: Any, folder: Path, *, checked: bool = True) -> None:
     if model.save_instead:
         raise TypeError(f"a {type(model).__name__} is not saved: save {model.save_instead}")
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}  # untied
-    if checked and (found := _unloadable(weights)):
+    masks = {name for name, _ in model.named_buffers()}
+    if checked and (found := _unloadable(weights, masks)):
         raise ValueError(
             f"this {type(model).__name__} is not saved, it could not be loaded again: {found}; "
             "model.to(torch.float32) makes the dtypes one, what is not finite must be trained again"
+        )
+    config = json.loads(json.dumps(asdict(model.config)))
+    if checked and from_dict(type(model).config_class, config) != model.config:
+        raise ValueError(
+            f"this {type(model).__name__} is not saved: its configuration is another one when it "
+            f"has been written as JSON and read again: {model.config}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", save(weights))
@@ -91,8 +99,9 @@ def load_folder(cls: Any, folder: Path) -> Any:
         raise ModelFileError(
             f"{folder / 'config.json'}: {error}; restore it or save the model again"
         ) from error
-    state = read_weights(weights)
-    model.to(next(iter(state.values())).dtype)
+    state = read_weights(weights, {name for name, _ in model.named_buffers()})
+    model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+    _require_dtypes(state, model.state_dict(), weights)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -101,6 +110,16 @@ def load_folder(cls: Any, folder: Path) -> Any:
             "save the model again with save_pretrained"
         ) from error
     return model.eval()
+
+
+def _require_dtypes(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Raise if a tensor is of another dtype than the model's, a counter of floats for example."""
+    for name, tensor in expected.items():
+        if name in found and found[name].dtype != tensor.dtype:
+            raise ModelFileError(
+                f"{path}: found {name} in {found[name].dtype}, expected {tensor.dtype}; fetch or "
+                "save the file again"
+            )
 
 
 def upload(model: Any, repository: str, *, private: bool, token: str | None) -> str:
@@ -192,8 +211,13 @@ def _require_seal(description: dict[str, Any], path: Path) -> None:
         )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: of one floating dtype, and finite."""
+def read_weights(path: Path, masks: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: those of floats of one dtype, and finite.
+
+    Args:
+        path: the file
+        masks: names of buffers, which may hold -inf to hide keys
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -202,18 +226,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ModelFileError(f"{path}: not a safetensors file ({error}); {remedy}") from error
-    if found := _unloadable(state):
+    if found := _unloadable(state, masks):
         raise ModelFileError(f"{path}: {found}; {remedy}")
     return state
 
 
-def _unloadable(state: dict[str, Tensor]) -> str:
+def _unloadable(state: dict[str, Tensor], masks: Collection[str]) -> str:
     """What keeps these weights from being loaded; nothing if they are finite and of one dtype."""
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        found = sorted(str(dtype) for dtype in dtypes)
-        return f"found weights of {found}, expected one floating dtype"
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1:  # counters and masks (integers, booleans) are kept as they are
+        found = sorted(str(tensor.dtype) for tensor in state.values())
+        return f"found weights of {sorted(set(found))}, expected one floating dtype"
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
+        hidden = tensor.isneginf() if name in masks and tensor.is_floating_point() else False
+        if not (tensor.isfinite() | hidden).all():
             return f"found a value in {name} that is not finite, expected none"
     return ""

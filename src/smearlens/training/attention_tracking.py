@@ -32,6 +32,8 @@ from smearlens.models.base import HookedModel
 from smearlens.training.randomness import observing
 
 Numbers = dict[str, float]
+PLAIN_TOKENS = 512  # on which patterns are compared once with those of queries and keys
+PLAIN_GAP = 0.02  # of a weight: what half precision may make of it
 
 
 @explained
@@ -87,6 +89,7 @@ class AttentionTracking:
         self.positions = torch.randint(text.shape[1] - 1, (len(text), 1), generator=generator)
         self._untrained = untrained
         self._null: Numbers | None = None  # of the untrained model, which does not change
+        self._known = False  # that its patterns are those of its queries and keys
 
     def __call__(self, model: HookedModel) -> Numbers:
         """Everything of `model`, which should be in eval mode, without gradients."""
@@ -96,6 +99,9 @@ class AttentionTracking:
 
     def _on_text(self, model: HookedModel) -> Numbers:
         text = _beside(model, self.text[: self.windows])
+        if not self._known:
+            _require_plain(model, text[:1, :PLAIN_TOKENS])
+            self._known = True
         logits, look = _look(model, text)
         found = look.statistics() | look.similarities()
         losses, scores = [per_token_loss(logits, text)], [icl_score(logits, text).values]
@@ -233,6 +239,22 @@ def _look(
         )
     logits, cache = model.run_with_cache(tokens, names_filter=names)
     return logits, _Look(cache, rows)
+
+
+def _require_plain(model: HookedModel, tokens: Tensor) -> None:
+    """Raise where the pattern of a layer is not the causal softmax of its queries and keys."""
+    _, look = _look(model, tokens)
+    patterns = {f"{layer}.attn.hook_pattern": layer for layer in look.layers}
+    names = [name for name in patterns if name in model.hook_dict]
+    cache = model.run_with_cache(tokens, names_filter=names)[1] if names else {}
+    for name in names:
+        gap = float((look.layers[patterns[name]].dense() - cache[name]).abs().nan_to_num().max())
+        if gap > PLAIN_GAP:
+            raise ValueError(
+                f"{name} differs by {gap:.2g} from the causal softmax of hook_q and hook_k, which "
+                "tracking reads: attention with a window, a bias, a cap, another scale, or without "
+                "a causal mask cannot be tracked"
+            )
 
 
 def _beside(model: HookedModel, tokens: Tensor) -> Tensor:

@@ -215,6 +215,12 @@ class BandMixing(Mixing):
             rows[0, :, (query - start)[inside], key[inside]] = self.kernel[:, tap, None]
         return rows
 
+    def parts(self) -> Iterator[BandMixing]:
+        """All channels, as many at a time as make a block of rows of a few MB."""
+        at_once = max(1, 2**21 // (128 * self.n_keys))
+        for kernel in self.kernel.split(at_once):
+            yield BandMixing(kernel, self.lags, self.n_keys)
+
 
 class ComposedMixing(Mixing):
     r"""Convolution, then attention: E[h, q, s] = Σ_l A[h, q, s + l] g[h, l].
@@ -235,6 +241,7 @@ class ComposedMixing(Mixing):
         self.n_queries, self.n_keys = attention.n_queries, attention.n_keys
         self.causal = attention.causal and min(self.lags) >= 0
         self.signed = attention.signed or bool((gain < 0).any())
+        self.crossed = attention.crossed
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head rows key"]:
         """Rows of A, shifted by each lag and weighted."""

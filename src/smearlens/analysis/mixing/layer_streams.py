@@ -43,9 +43,11 @@ def head_statistics(
     mask = torch.ones(layer.n_examples, layer.n_keys, dtype=torch.bool, device=layer.q.device)
     mask[:, 0] = False
     rest = layer.statistics(mass=mass, key_mask=mask)
-    previous = streaming.diagonal(
-        layer.q, layer.k, 1, found.lse, causal=layer.causal, scale=layer.scale
-    )
+    previous = found.entropy[..., 1:]  # empty for one position
+    if previous.numel():
+        previous = streaming.diagonal(
+            layer.q, layer.k, 1, found.lse, causal=layer.causal, scale=layer.scale
+        )
     chosen = {
         "entropy": found.entropy,
         "normalised_entropy": _normalised(found),
@@ -107,7 +109,9 @@ def compare_layers(
     ((batch, n_queries, n_keys, causal),) = shapes
     n_heads = [m.n_heads for m in given]
     size = max(1, ENTRIES // (batch * sum(n_heads) * n_keys))
-    first, last, _ = rows.indices(n_queries)
+    first, last, step = rows.indices(n_queries)
+    if step != 1 or first >= last:
+        raise ValueError(f"rows must be a slice of step 1 with some of {n_queries}, got {rows}")
     sums = _Sums(n_heads)
     for start in range(first, last, size):
         stop = min(start + size, last)
@@ -130,16 +134,22 @@ def cka_table(
     """
     flat = [_centred(x.flatten(0, 1).double()) for x in streams]
     n, n_layers = len(flat[0]), len(flat)
-    debiased = n < 10 * max(x.shape[1] for x in flat)
     norms = torch.stack([x.square().sum(1) for x in flat])  # diagonals of the Gram matrices
     total = norms.sum(1)
-    hsic = torch.zeros(n_layers, n_layers, dtype=torch.float64)
+    plain, unbiased = torch.zeros(2, n_layers, n_layers, dtype=torch.float64)
     for i, j in zip(*torch.triu_indices(n_layers, n_layers).tolist(), strict=True):
         value = (flat[i].T @ flat[j]).square().sum()
-        if debiased:  # Song et al. 2012, equation 5
-            cross = (norms[i] * norms[j]).sum()
-            value += total[i] * total[j] / ((n - 1) * (n - 2)) - cross * (1 + 2 / (n - 2))
-        hsic[i, j] = hsic[j, i] = value
+        plain[i, j] = plain[j, i] = value
+        cross = (norms[i] * norms[j]).sum()  # Song et al. 2012, equation 5
+        value = value + total[i] * total[j] / ((n - 1) * (n - 2)) - cross * (1 + 2 / (n - 2))
+        unbiased[i, j] = unbiased[j, i] = value
+    width = torch.tensor([x.shape[1] for x in flat])
+    few = n < 10 * torch.maximum(width[:, None], width)
+    return torch.where(few, _scaled(unbiased), _scaled(plain))
+
+
+def _scaled(hsic: Float[Tensor, "one one"]) -> Float[Tensor, "one one"]:
+    """Each entry over the root of the two on the diagonal."""
     scale = hsic.diagonal().abs().sqrt()
     return hsic / scale[:, None] / scale
 

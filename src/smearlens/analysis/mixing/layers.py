@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from smearlens._explain import explained, require_cache
@@ -26,9 +27,10 @@ def mixings(
 ) -> dict[str, Mixing]:
     """The mixing of every layer in a cache, by layer name ("blocks.0.attn", "blocks.0.conv", …).
 
-    Attention comes from `hook_pattern`, or from `hook_q` and `hook_k` where the pattern was not
-    cached; a convolution from `hook_kernel`, with its lags read off `hook_in` and `hook_out`; a
-    state-space layer from `hook_A_bar`, `hook_B_bar` and `hook_C`.
+    Attention comes from `hook_pattern`; where that was not cached from `hook_attn_scores`, or from
+    `hook_q` and `hook_k` (rotated: `hook_rot_q`, `hook_rot_k`); a convolution from `hook_kernel`,
+    with its lags read off `hook_in` and `hook_out`; a state-space layer from `hook_A_bar`,
+    `hook_B_bar` and `hook_C`.
 
     Args:
         cache: a mapping from hook names to tensors: a TransformerLens `ActivationCache`, a dict
@@ -37,7 +39,8 @@ def mixings(
             is rebuilt from q and k, False for cross attention and layers of an encoder
 
     Raises:
-        ValueError: if the cache holds no such layer, or only part of what one needs
+        ValueError: if the cache holds no such layer, or only part of what one needs, such as some
+            of the queries
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     if unknown := set(kinds) - set(get_args(Kind)):
@@ -46,24 +49,21 @@ def mixings(
     names = list(cache.keys())
     found: dict[str, Mixing] = {}
     for name in names:
-        layer, _, point = name.rpartition(".")
+        layer = name.rpartition(".")[0]
         crossed = layer.endswith("cross_attn")
-        masked = False if causal is None and (crossed or layer.startswith("encoder.")) else causal
-        if "attention" in kinds and point == "hook_pattern":
-            found[layer] = DenseMixing(_batched(_filled(cache, name), 4, name), causal=masked)
-        elif "attention" in kinds and point == "hook_q" and f"{layer}.hook_pattern" not in names:
-            if (key := f"{layer}.hook_k") not in names:
-                raise ValueError(f"{name} is cached without {key}; cache both")
-            q, k = (_batched(_filled(cache, n), 4, n) for n in (name, key))
-            found[layer] = SoftmaxMixing(q, k, causal=masked is not False)
-        elif "conv" in kinds and point == "hook_kernel":
-            lags = kernel_lags(cache, layer)
-            found[layer] = BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
-        elif "ssm" in kinds and point == "hook_A_bar":
-            parts = (_filled(cache, f"{layer}.{p}") for p in ("hook_A_bar", "hook_B_bar", "hook_C"))
-            found[layer] = SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
-        if layer in found and crossed:
-            found[layer].crossed = True
+        apart = crossed or layer.startswith("encoder.")
+        mixing = _made(cache, name, kinds, False if causal is None and apart else causal)
+        if mixing is None:
+            continue
+        if mixing.crossed and not crossed:
+            raise ValueError(
+                f"{name} has {mixing.n_queries} queries and {mixing.n_keys} keys. Cached with "
+                "pos_slice, or with a state: which keys its queries saw is unknown; cache the "
+                "whole sequence and choose by query_mask=. Cross attention: let the layer's name "
+                "end in 'cross_attn'"
+            )
+        mixing.crossed = crossed
+        found[layer] = mixing
     if not found:
         raise ValueError(
             f"no {' or '.join(kinds)} layer in a cache of {len(names)} activations "
@@ -71,6 +71,47 @@ def mixings(
             "hook_kernel and hook_out (conv), or hook_A_bar, hook_B_bar and hook_C (ssm)"
         )
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _made(cache: Any, name: str, kinds: tuple, causal: bool | None) -> Mixing | None:
+    """The mixing that starts from this activation; None if it starts from another, or from none."""
+    layer, _, point = name.rpartition(".")
+    if "attention" in kinds and point == "hook_pattern":
+        return DenseMixing(_batched(_filled(cache, name), 4, name), causal=causal)
+    if "attention" in kinds and point in ("hook_attn_scores", "hook_q"):
+        return _rebuilt(cache, layer, point, causal)
+    if "conv" in kinds and point == "hook_kernel":
+        lags = kernel_lags(cache, layer)
+        return BandMixing(cache[name], lags, cache[f"{layer}.hook_out"].shape[-2])
+    if "ssm" in kinds and point == "hook_A_bar":
+        axes = {f"{layer}.{p}": n for p, n in (("hook_A_bar", 4), ("hook_B_bar", 4), ("hook_C", 3))}
+        if missing := [needed for needed in axes if needed not in cache.keys()]:  # noqa: SIM118
+            raise ValueError(f"{name} is cached without {missing}; cache all three")
+        parts = (_batched(_filled(cache, needed), n, needed) for needed, n in axes.items())
+        return SSMMixing.from_steps(*parts)  # pyrefly: ignore[missing-attribute]
+    return None
+
+
+def _rebuilt(cache: Any, layer: str, point: str, causal: bool | None) -> Mixing | None:
+    """The attention of a layer from its scores, or from queries and keys; None if better is there.
+
+    TransformerLens keeps queries and keys before the rotation in `hook_q` and `hook_k`, and after
+    it in `hook_rot_q` and `hook_rot_k`.
+    """
+    names = set(cache.keys())
+    scores = f"{layer}.hook_attn_scores"
+    if f"{layer}.hook_pattern" in names or (point == "hook_q" and scores in names):
+        return None
+    if point == "hook_attn_scores":
+        rows = _batched(_filled(cache, scores), 4, scores)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return DenseMixing(rows.to(wide).softmax(-1).nan_to_num(), causal=causal)
+    turned = "rot_" if f"{layer}.hook_rot_q" in names else ""
+    query, key = (f"{layer}.hook_{turned}{role}" for role in ("q", "k"))
+    if key not in names:
+        raise ValueError(f"{query} is cached without {key}; cache both")
+    q, k = (_batched(_filled(cache, name), 4, name) for name in (query, key))
+    return SoftmaxMixing(q, k, causal=causal is not False)
 
 
 def as_layers(source: Any, options: RowOptions) -> dict[str, Mixing]:

@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smearlens.analysis.mixing.kinds import DenseMixing, Mixing, UniformMixing
+from smearlens.analysis.mixing.kinds import (
+    BandMixing,
+    DenseMixing,
+    Mixing,
+    SoftmaxMixing,
+    UniformMixing,
+)
 from smearlens.analysis.mixing.layers import as_layers
 from smearlens.analysis.mixing.options import RowOptions, fitted
 from smearlens.analysis.mixing.state_space import (
@@ -106,7 +112,9 @@ def measure(source: Any, metric: Metric, options: RowOptions) -> Any:
         values = _measure_layer(layers[""], metric, options)[0]
         return values if isinstance(source, Mixing) else _drop_axes(values, source)
     measured = {name: _measure_layer(m, metric, options) for name, m in layers.items()}
-    columns = list(zip(*measured.values(), strict=True))
+    for name, mixing in layers.items():
+        _require_examples(name, mixing, len(measured[name][0]))
+    columns = list(zip(*([t.detach() for t in m] for m in measured.values()), strict=True))
     values, rows, chance, maximum, control = (
         dict(zip(measured, column, strict=True)) for column in columns
     )
@@ -137,8 +145,36 @@ def row_block(mixing: Mixing, rows: Tensor, start: int, options: RowOptions) -> 
 
 def row_blocks(mixing: Mixing, options: RowOptions) -> Iterator[RowBlock]:
     """All rows of `mixing`, block by block."""
-    for start, _, rows in mixing.blocks():
+    for start, stop, rows in mixing.blocks():
+        _require_rows(mixing, rows, start, stop)
         yield row_block(mixing, rows, start, options)
+
+
+def _require_rows(mixing: Mixing, rows: Tensor, start: int, stop: int) -> None:
+    """Raise where a mixing of one's own does not hand out what its attributes announce."""
+    if type(mixing).__module__.startswith("smearlens."):
+        return
+    kind = type(mixing).__name__
+    wanted = [mixing.n_examples, mixing.n_heads, stop - start, mixing.n_keys]
+    if list(rows.shape) != wanted or rows.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{kind}.rows({start}, {stop}) must be [batch head rows key] = {wanted} in float32 or "
+            f"float64, got {list(rows.shape)} in {rows.dtype}"
+        )
+    if mixing.n_queries != mixing.n_keys and not mixing.crossed:
+        raise ValueError(
+            f"{kind} has {mixing.n_queries} queries and {mixing.n_keys} keys: set crossed = True, "
+            "or hand out a row for every key"
+        )
+    if mixing.causal and bool((rows.triu(start + 1).abs() > 0).any()):
+        raise ValueError(f"{kind} says causal = True, and rows({start}, {stop}) reads later keys")
+    if mixing.signed:
+        return
+    if bool((rows < 0).any()) or bool((rows.sum(-1) > 1.01).any()):
+        raise ValueError(
+            f"rows({start}, {stop}) of {kind} are no weights (entries below 0, or sums above 1); "
+            "set signed = True, and scores normalise them"
+        )
 
 
 def allowed_keys(
@@ -169,7 +205,7 @@ def _measure_layer(mixing: Mixing, metric: Metric, options: RowOptions) -> tuple
     """Values [example head], valid rows [example head], chance, maximum, control [head or 1]."""
     if metric.of_weights:
         require_weights(metric.name, mixing, options.normalise)
-    parts = mixing.parts() if isinstance(mixing, ChannelMixing) else [mixing]
+    parts = mixing.parts() if isinstance(mixing, (BandMixing, ChannelMixing)) else [mixing]
     columns = zip(*(_measure_heads(part, metric, options) for part in parts), strict=True)
     values, rows, maximum, control = (torch.cat(column, -1) for column in columns)
     return values, rows, _chance(mixing, metric, options), maximum, control
@@ -227,7 +263,21 @@ def _note(layers: dict[str, Mixing], options: RowOptions) -> str:
         return f"signed maps normalised by {options.normalise!r}"
     dense = {name: m for name, m in layers.items() if isinstance(m, DenseMixing)}
     loose = [name for name, m in dense.items() if not m.sums_to_one]
-    return f"rows of {', '.join(loose)} do not sum to 1" if loose else ""
+    if loose:
+        return f"rows of {', '.join(loose)} do not sum to 1"
+    fewer = options.exclude_bos or options.exclude_self or options.key_mask is not None
+    return "" if options.renormalise or not fewer else "rows without what is left out"
+
+
+def _require_examples(name: str, mixing: Mixing, n_examples: int) -> None:
+    """Raise if tokens or masks of several examples met one pattern that depends on its tokens."""
+    if mixing.n_examples == 1 < n_examples and isinstance(mixing, (DenseMixing, SoftmaxMixing)):
+        sizes = [mixing.n_heads, mixing.n_queries, mixing.n_keys]
+        raise ValueError(
+            f"{name} holds one example of [head query key] = {sizes}, but tokens or masks were "
+            f"given for {n_examples}; cache [batch head query key] (nn.MultiheadAttention: "
+            "average_attn_weights=False)"
+        )
 
 
 def _drop_axes(values: Tensor, pattern: Tensor) -> Tensor:
