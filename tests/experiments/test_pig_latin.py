@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from smearlens.analysis.stats import proportion_interval
 from smearlens.data.pig_latin import PairBatches, PairSplit, pig_latin_pairs, to_pig_latin
 from smearlens.experiments.grid import Cell, run_grid
 from smearlens.experiments.pig_latin import mamba as mamba_pig_latin
@@ -33,7 +34,7 @@ from smearlens.experiments.pig_latin.mamba_evidence import (
 )
 from smearlens.experiments.pig_latin.mamba_verdicts import constant_delta, weights_decay
 from smearlens.experiments.pig_latin.mamba_verdicts import judge as judge_mamba
-from smearlens.experiments.pig_latin.paired import compare, runs_of
+from smearlens.experiments.pig_latin.paired import compare, exact_interval, runs_of
 from smearlens.experiments.pig_latin.parity import NAMES, parities, parity_run, parity_runs
 from smearlens.experiments.pig_latin.parts import kinds_part
 from smearlens.experiments.pig_latin.tables import MAMBA, TRANSFORMER, fill
@@ -162,6 +163,15 @@ def test_a_word_counts_once_for_the_variant_that_more_seeds_get_right():
         runs_of(found, "t/c")
 
 
+def test_asking_the_same_words_again_makes_no_narrower_interval():
+    one = variant("t", "a", "1110")
+    three = variant("t", "a", "1110", "1110", "1110")
+    assert exact_interval(three) == exact_interval(one) == proportion_interval(3, 4)
+    assert exact_interval(variant("t", "a", "1110", "1000")) == (
+        proportion_interval(1, 4)[0], proportion_interval(3, 4)[1],
+    )  # fmt: skip
+
+
 # Verdicts --------------------------------------------------------------------------------------
 
 N = 400
@@ -187,6 +197,7 @@ def transformer_world(**changes):
         runs = variant("small pairs", name, *(share(value, s) for s in range(3)))
         for run in runs:
             wiggle = 0.001 * run["seed"]
+            run["train"] = {"accuracy": changes.get("fitted", {}).get(name, 1.0)}
             run["evidence"] = {
                 "previous": {"scores": [[seen["previous"] + wiggle, 0.1]]},
                 "alignment": {"mass": [[seen["aligned"] + wiggle, 0.1]]},
@@ -215,6 +226,16 @@ def transformer_world(**changes):
         (16, "refuted", {"accuracy": {"beast large": 0.99}}),
         (16, "undecided", {"accuracy": {"16 heads": 0.95}}),
         (16, "undecided", {"accuracy": {"16 heads": 0.955}}),  # 2 words worse: not clearly
+        (
+            15,
+            "refuted",
+            {
+                "accuracy": {"no positions": 0.3, "trained positions": 0.9},
+                "fitted": {"no positions": 0.5},
+            },
+        ),
+        (16, "undecided", {"fitted": {"4 + 4 layers": 0.5}}),
+        (16, "undecided", {"accuracy": {"beast large": 0.99}, "fitted": {"beast small": 0.7}}),
     ],
 )
 def test_transformer_verdicts(number, outcome, changes):
@@ -256,6 +277,12 @@ def test_claim_15_needs_both_figures_inside_intervals_that_exclude_zero(outcome,
     }.items():  # fmt: skip
         found += variant("small pairs", name, *(share(s) for s in shares))
     assert positions(found).outcome == outcome
+    for run in found:
+        if run["name"] == "no positions":
+            run["train"] = {"accuracy": 0.5}
+    verdict = positions(found)
+    assert verdict.outcome == ("refuted" if outcome == "refuted" else "undecided")
+    assert "no positions 50 %" in verdict.because
 
 
 MAMBA_NAMES = {

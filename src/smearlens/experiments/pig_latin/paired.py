@@ -21,6 +21,7 @@ from smearlens.analysis.stats import (
 )
 
 Runs = Sequence[dict[str, Any]]
+FITTED = 0.8  # of the training words: below it a variant was trained too briefly, or cannot learn
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,24 @@ def accuracy(found: Runs, name: str) -> Estimate:
     return over_seeds(accuracies(runs_of(found, name)))
 
 
-def pooled_interval(runs: Runs) -> tuple[float, float]:
-    """Clopper-Pearson interval of the counts of all seeds together."""
+def exact_interval(runs: Runs) -> tuple[float, float]:
+    """From the lowest to the highest end of the Clopper-Pearson intervals of single seeds.
+
+    All seeds are asked the same words: their counts together are no larger sample of words.
+    """
     counts = [m["validation"] for m in runs]
-    return proportion_interval(sum(c["right"] for c in counts), sum(c["words"] for c in counts))
+    ends = [proportion_interval(c["right"], c["words"]) for c in counts]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def unfit(found: Runs, names: Sequence[str]) -> dict[str, float]:
+    """Those of the variants that get less than `FITTED` of their training words right, and it."""
+    fitted = {
+        name: sum(m["train"]["accuracy"] for m in runs) / len(runs)
+        for name in names
+        if (runs := runs_of(found, name))
+    }
+    return {name: accuracy for name, accuracy in fitted.items() if accuracy < FITTED}
 
 
 def _columns(runs: Runs) -> list[tuple[bool, ...]]:

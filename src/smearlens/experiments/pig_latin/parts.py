@@ -14,8 +14,9 @@ from smearlens.viz import plots
 from smearlens.viz.report import Part, Study, estimate
 
 READING = (
-    "Held-out accuracy is the share of whole words, mean over seeds with its interval; “exact” is "
-    "the Clopper-Pearson interval of the words of all seeds together. The difference to the "
+    "Held-out accuracy is the share of whole words, mean over seeds with its interval; “exact” "
+    "are the counts of all seeds, and the Clopper-Pearson intervals of single seeds from the "
+    "lowest end to the highest: all are asked the same words. The difference to the "
     "write-up is in points. “Against the base” is the paired difference in points over seeds, and "
     "Holm's p of the exact sign test over words, within the table. Losses are nats per character."
 )
@@ -70,7 +71,7 @@ def _row(row: dict[str, Any]) -> list[str]:
     stated = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
     beside = "; ".join(text for text in (stated, row["note"]) if text) or "none"
     difference = "" if row["accuracy"] is None else f"{100 * (ours - row['accuracy']):+.1f}"
-    low, high = row["pooled"]
+    low, high = row["exact"]
     return [
         row["label"], f"{row['parameters']:,}", estimate(row["ours"]),
         f"{row['right']:,} of {row['words']:,} [{low:.3f}, {high:.3f}]",

@@ -1,6 +1,6 @@
 """The encoder-decoder transformer on Pig Latin: every row of the write-up, and its best models.
 
-Side variants differ in one thing from a base; the tuned models ("beasts") train longest. Leaves out
+Side variants differ in one thing from a base; the tuned models ("beasts") in several. Leaves out
 the task (`task`), what is read from trained models (`evidence`), verdicts (`verdicts`), the report
 (`report`), and Mamba (`mamba`).
 """
