@@ -71,7 +71,8 @@ def on_words(model: HookedModel, measures: dict[str, Any]) -> str:
     held_out, training = measures["validation"], measures["train"]
     others = forced_counts(model, list(pig_latin_pairs())[::EVERY])
     return (
-        "Trained on four fifths of the published list of 3,198 pairs.\n\n"
+        "Trained on four fifths of the published list of 3,198 pairs: word pairs of University of "
+        "Toronto CSC421 and MSU CSE 849; the lists are not shipped.\n\n"
         "| words translated right, to their end | |\n|---|---|\n"
         f"| of {held_out['words']} held out | {held_out['right']} |\n"
         f"| of {training['words']:,} trained on | {training['right']:,} |\n"

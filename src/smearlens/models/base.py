@@ -193,7 +193,7 @@ class HookedModel(HookedRootModule):
             incl_bwd: run backward from the output (a loss) and keep gradients as `name_grad`
             reset_hooks_end: False leaves the caching hooks attached
             clear_contexts: forget what hooks left in their contexts
-            pos_slice: positions (queries, of a pattern) to keep, as TransformerLens' `Slice`
+            pos_slice: positions to keep, as TransformerLens' `Slice`; no score reads some queries
             **kwargs: further arguments of the forward pass
 
         Raises:
