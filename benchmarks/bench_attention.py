@@ -28,7 +28,7 @@ UNHOOKED_BAR = 1.05  # of the same layer written without hook points
 STATISTICS_WHY = (
     "the statistics take an exponential and two products more per entry than the output"
 )
-HOOKS_WHY = "six hook points are called, each a module call"
+HOOKS_WHY = "six hook points are called"
 EXPLICIT_WHY = (
     "scores and pattern exist in memory and pass their hooks; unhooked, the core is fused"
 )

@@ -42,7 +42,7 @@ def step_rows() -> Iterator[Row]:
         theirs = stepper(peer, lambda m=peer, t=tokens: m(t, labels=t).loss)
         shape = (*tokens.shape, config.d_model, config.n_layers)
         title = f"training step / GPT2LMHeadModel, {name}"
-        yield compare(title, shape, ours, theirs, bar, rounds=9, budget=40.0, why=STEP_WHY)
+        yield compare(title, shape, ours, theirs, bar, rounds=99, budget=50.0, why=STEP_WHY)
 
 
 def product_rows() -> Iterator[Row]:

@@ -3,8 +3,8 @@
     python benchmarks/bench_hooks.py
 
 Nothing attached: the peer is a copy of the model in which every HookPoint is replaced by a plain
-function that returns its argument, so that not even a module call is paid. With a cache: the peers
-are the same model's plain forward, and TransformerLens' bridge around GPT-2 of the same sizes.
+function that returns its argument, so that not even the look for hooks is paid. With a cache: the
+peers are the same model's plain forward, and TransformerLens' bridge around a GPT-2 of its sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from smearlens import AttnAttn, AttnAttnConfig, CharGPT, ConvAttn, ConvAttnConfi
 from smearlens._hooks import HookPoint
 
 BAR = 1.05
-WHY = "each hook point is a module call, which costs most where the tensors are small"
+WHY = "each hook point is a call, which costs most where the tensors are small"
 CACHE_WHY = "the attention core that has scores and pattern runs in place of the fused one"
 STATES_WHY = "the states of every step are formed and kept in place of the fused scan"
 CASES = {

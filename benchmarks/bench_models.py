@@ -39,7 +39,7 @@ TOKEN_WHY = (
     "anew for one position"
 )
 SAME_WHY = "the activations kept are the same ones; the rest is rounding to pages"
-STEP_WHY = "hook points are module calls, and these models are small"
+STEP_WHY = "every intermediate passes a hook point, and these models are small"
 
 
 def mamba_peers() -> dict[str, Callable[[MambaConfig], Any]]:

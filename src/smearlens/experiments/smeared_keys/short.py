@@ -50,7 +50,7 @@ class CompareConfig:
             raise ValueError(f"d_model must be a multiple of 16, got {self.d_model}")
 
     def quick(self) -> CompareConfig:
-        """The same in about 70 seconds on two cores: enough to see it work, too short to convince."""
+        """The same in about 70 seconds on two cores: to see it work, too short to convince."""
         return replace(
             self, seeds=2, steps=min(self.steps, 500), text_steps=min(self.text_steps, 100)
         )
