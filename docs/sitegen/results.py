@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from sitegen.reference import Markdown, table
-from smearlens.analysis.stats import Estimate
 from smearlens.experiments.claims import CLAIMS, WRITEUPS, Claim
 from smearlens.experiments.study import STUDIES
-from smearlens.viz.page import spoken
+from smearlens.viz.page import spoken, stored_estimate
 from smearlens.viz.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +207,7 @@ def _judgement(study: Study, verdict: dict[str, Any]) -> str:
     """Outcome, reason, command and the numbers behind it."""
     command = (study.result or {}).get("command") or study.command
     rows = [
-        (_cell(f["label"]), spoken(Estimate(**f["estimate"])),
+        (_cell(f["label"]), spoken(stored_estimate(f["estimate"])),
          "intervention" if f["causal"] else "observation")
         for f in verdict["findings"]
     ]  # fmt: skip

@@ -2,14 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 
 from smearlens import cli
 from smearlens.experiments.claims import Estimate
 from smearlens.experiments.study import as_json, open_study, starting_over
-from smearlens.viz.page import markdown, spoken
+from smearlens.viz.page import markdown, spoken, stored_estimate
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def test_json_knows_no_infinity():
 
 
 def test_one_run_has_no_interval():
-    assert spoken(Estimate(0.25, -math.inf, math.inf, 1)) == "0.25, n = 1: no interval"
+    alone = Estimate(0.25, -math.inf, math.inf, 1)
+    assert spoken(alone) == "0.25, n = 1: no interval"
+    assert stored_estimate(json.loads(as_json(asdict(alone)))) == alone
 
 
 def test_a_cell_with_a_pipe_stays_one_cell():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,13 @@ def spoken(estimate: Estimate) -> str:
     return f"{mean} [{low}, {high}], n = {estimate.n}"
 
 
+def stored_estimate(stored: dict[str, Any]) -> Estimate:
+    """An estimate from a result file, which has null for the infinite ends of a single run."""
+    missing = {"mean": math.nan, "low": -math.inf, "high": math.inf}
+    ends = {key: other if stored[key] is None else stored[key] for key, other in missing.items()}
+    return Estimate(n=stored["n"], **ends)
+
+
 def claim_name(number: int) -> str:
     """What a claim is called: by its number in the registry, where 0 is none."""
     return f"claim {number}" if number else "own claim"
@@ -89,7 +97,7 @@ def claim_box(verdict: dict[str, Any]) -> str:
     claim = verdict["claim"]
     items = "".join(
         f"<li>{'causal' if f['causal'] else 'correlational'} · {html.escape(f['label'])}: "
-        f"{spoken(Estimate(**f['estimate']))}</li>"
+        f"{spoken(stored_estimate(f['estimate']))}</li>"
         for f in verdict["findings"]
     )
     return (
