@@ -165,7 +165,7 @@ TRANSFORMER = (
     ),
     Table(
         "beasts", "The tuned models",
-        text="8 heads, trained positions, cosine, the longest training. Large has 4 + 4 layers.",
+        text="8 heads and trained positions. Large has 4 + 4 layers.",
         rows=(
             _pairs("beast small", *BEAST_FIGURES),
             _pairs("beast large", 0.964, 0.036, 1.000),
