@@ -5,8 +5,6 @@ from matplotlib.figure import Figure
 from smearlens.experiments.smeared_keys.report import draw_kernels as draw_profiles
 from smearlens.experiments.smeared_keys.short_report import draw_kernels
 from smearlens.experiments.state_space.mamba_report import draw_rules
-from smearlens.viz.page import prose
-from smearlens.viz.report import Part, write_report
 
 SEEDS = range(10)  # three more than there are colours
 
@@ -66,20 +64,3 @@ def test_the_average_over_channels_is_drawn_at_every_tap():
     (line,) = [container.lines[0] for container in average.containers]
     assert list(line.get_xdata()) == [-2, -1, 0, 1, 2]
     assert [round(y, 6) for y in line.get_ydata()] == [-0.19, -0.09, 0.01, 0.11, 0.21]
-
-
-def test_backticks_become_code_and_nothing_else_does():
-    assert prose("`a < b` & c") == "<code>a &lt; b</code> &amp; c"
-    assert prose("a ` alone, and `` none") == "a ` alone, and `` none"
-
-
-def test_a_page_shows_code_as_code(tmp_path):
-    study = {
-        "study": "of nothing", "command": "smearlens experiment nothing", "config": {"seeds": 2},
-        "recipe": "The preset `hybrid`, smaller.", "verdicts": [], "measures": [],
-    }  # fmt: skip
-    part = Part("A part", "Run `smearlens experiment scans`.", name="part")
-    page = write_report(study, tmp_path, [part], title="Nothing").read_text()
-    assert "The preset <code>hybrid</code>, smaller." in page
-    assert "Run <code>smearlens experiment scans</code>." in page
-    assert "`" not in page

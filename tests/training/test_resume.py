@@ -188,7 +188,7 @@ sys.path.insert(0, "benchmarks")
 import stress_resume
 from smearlens.training import loop
 loop.restore_random_states = lambda states: None
-print(*stress_resume.main(["tiny"], kills=3, steps=30, every=2))
+print(*stress_resume.main(["tiny"], kills=12, steps=30, every=2))  # some after a checkpoint
 """
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from smearlens.analysis.stats import Estimate
 
 INTERVAL = re.compile(r"\[[^\]]*\]")
-CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d2329;--soft:#5b6770;--line:#d9dee3;--card:#f6f8fa;--bg:#fff}
@@ -49,15 +48,6 @@ def frame(title: str, body: list[str]) -> str:
             "</body></html>",
         ]
     )
-
-
-def prose(text: str) -> str:
-    """Text for a page, escaped; what stands in backticks is code.
-
-    >>> prose("the preset `a<b`")
-    'the preset <code>a&lt;b</code>'
-    """
-    return CODE.sub(r"<code>\1</code>", html.escape(text))
 
 
 def picture(data: bytes, text: str) -> str:
@@ -102,10 +92,10 @@ def claim_box(verdict: dict[str, Any]) -> str:
     )
     return (
         f"<div class='claim {verdict['outcome']}'><b class='v'>{verdict['outcome']}</b> "
-        f"{claim_name(claim['number'])}: “{prose(claim['statement'])}”"
-        f"<p>{prose(verdict['because'])}</p>"
+        f"{claim_name(claim['number'])}: “{html.escape(claim['statement'])}”"
+        f"<p>{html.escape(verdict['because'])}</p>"
         f"<details><summary>the test, and {len(verdict['findings'])} numbers behind the verdict"
-        f"</summary><p class='soft'>{prose(claim['test'])}</p><ul>{items}</ul></details>"
+        f"</summary><p class='soft'>{html.escape(claim['test'])}</p><ul>{items}</ul></details>"
         "</div>"
     )
 

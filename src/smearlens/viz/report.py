@@ -59,7 +59,7 @@ def write_report(study: Study, out: Path, parts: Sequence[Part], *, title: str) 
         raise ValueError(f"parts must have different names, got {names}")
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class='lead'>{page.prose(_lead(study))}</p>",
+        f"<p class='lead'>{html.escape(_lead(study))}</p>",
     ]
     if study["verdicts"]:
         body += ["<h2>Claims and verdicts</h2>", *map(page.claim_box, study["verdicts"])]
@@ -98,7 +98,7 @@ def _section(part: Part, out: Path) -> list[str]:
     """The HTML of a part; its picture and table go into files too."""
     found = [f"<h2>{html.escape(part.title)}</h2>"]
     if part.text:
-        found.append(f"<p class='soft'>{page.prose(part.text)}</p>")
+        found.append(f"<p class='soft'>{html.escape(part.text)}</p>")
     if part.draw is not None:
         picture = page.png(part.draw)
         (out / "figures").mkdir(exist_ok=True)

@@ -88,7 +88,7 @@ def _of_text(found: Runs, name: str, length: int) -> list[Part]:
 def _paper(costs: Runs) -> Part:
     return Part(
         "WikiText-2 at the write-up's size: the command, and what it would take",
-        "Preset `paper` (width 512, 50,257 tokens, 32 x 256 tokens per update, 15 epochs). The "
+        "The preset “paper” (width 512, 50,257 tokens, 32 x 256 tokens per update, 15 epochs). The "
         "loss streams over the logits, so that no array of tokens x 50,257 is kept. Gradients were "
         "timed on 2 windows and scale with their tokens, the optimiser step does not; CPU time of "
         "one core, extrapolated, not run.",

@@ -46,7 +46,7 @@ D_VOCAB = 64  # of the repeats: half for blocks, half for what lies between them
 
 RECIPE = (
     "One attention layer, or two that are narrower, so that all have as many weights; LayerNorm, "
-    "residual stream, no MLP, kernel 5 (the preset `hybrid`, smaller). AdamW (weight decay 0.01 on "
+    "residual stream, no MLP, kernel 5 (the preset “hybrid”, smaller). AdamW (weight decay 0.01 on "
     "matrices), 100 updates of warm-up, cosine to 10 %, gradient norm clipped at 1, batches of 8 "
     "windows. Equal steps and data for every model. "
 )

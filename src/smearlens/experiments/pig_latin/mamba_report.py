@@ -125,8 +125,8 @@ def scans_part() -> Part:
     return Part(
         "Speed and precision of scans",
         "The write-up's comparison of a parallel with a sequential scan, with and without "
-        "compilation, and its curve of the error by length, are a study of their own: `smearlens "
-        "experiment scans`, which judges claim 22.",
+        "compilation, and its curve of the error by length, are a study of their own: “smearlens "
+        "experiment scans”, which judges claim 22.",
         name="scans",
     )
 
