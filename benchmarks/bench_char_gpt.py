@@ -86,7 +86,7 @@ def generation_rows() -> Iterator[Row]:
         for other, run in peers.items():
             bar = GENERATION_BAR if other.startswith("running") else 1.0
             title = f"generation / {other}, {name}"
-            yield compare(title, shape, ours, run, bar, rounds=5, why=GENERATION_WHY)
+            yield compare(title, shape, ours, run, bar, rounds=15, budget=25.0, why=GENERATION_WHY)
 
 
 def loss_rows() -> Iterator[Row]:
