@@ -82,7 +82,9 @@ def studies() -> list[Study]:
             _judged(tree) if result is None else {v["claim"]["number"] for v in result["verdicts"]}
         )
         claims = tuple(sorted(number for number in judged if number))
-        found.append(Study(name, command, question, claims, result))
+        made = command if result is None else result["command"]  # as the results were made
+        made = re.sub(r" --out \S+", "", made)  # where `command` writes without being told
+        found.append(Study(name, made, question, claims, result))
     return found
 
 

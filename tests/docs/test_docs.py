@@ -403,3 +403,12 @@ def test_outputs_become_markdown(tmp_path):
     assert text.startswith("# T\n\n```python\nf()\n```\n\n``` { .text .output }\nout\n```\n\n![")
     assert "hidden" not in text
     assert (tmp_path / "page-1.png").read_bytes() == b"png"
+
+
+def test_a_study_is_shown_with_the_command_that_made_its_results():
+    for study in results.studies():
+        if study.result is not None:
+            with_data = bool(study.result.get("config", {}).get("data"))
+            assert ("--data FOLDER" in study.command) == with_data
+            assert study.command.startswith("smearlens ")
+            assert "--out" not in study.command
