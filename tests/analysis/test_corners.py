@@ -132,7 +132,7 @@ def test_an_interval_belongs_to_its_values():
 def test_rows_that_lack_what_was_left_out_say_so():
     pattern = {"blocks.0.attn.hook_pattern": torch.rand(2, 1, 6, 6, generator=seeded()).softmax(-1)}
     note = attention_entropy(pattern, exclude_bos=True, renormalise=False).note
-    assert note == "rows without what is left out"
+    assert note == "rows not renormalised"
     assert attention_entropy(pattern, exclude_bos=True).note == ""
 
 

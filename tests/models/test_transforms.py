@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.models.zoo import every_model
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from smearlens import CharGPT, CharGPTConfig
 from smearlens.nn.attention import SHORT
@@ -58,6 +58,23 @@ def test_the_derivative_along_a_direction_is_the_slope(variant):
     torch.testing.assert_close(slope, (along(1e-6) - along(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
+@every_model
+def test_the_hessian_along_a_direction_is_the_slope_of_the_gradient(variant):
+    _, weights, loss = of(variant)
+    generator = torch.Generator().manual_seed(4)
+    direction = {
+        k: torch.randn(w.shape, generator=generator, dtype=w.dtype) for k, w in weights.items()
+    }
+    slope = grad(lambda w: loss(w, variant.inputs))
+    _, found = jvp(slope, (weights,), (direction,))  # forward over reverse, as `hessian`
+    ahead, behind = (
+        slope({k: w + step * direction[k] for k, w in weights.items()}) for step in (1e-6, -1e-6)
+    )
+    for name in weights:
+        expected = (ahead[name] - behind[name]) / 2e-6
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_scans_in_forward_mode_and_over_a_batch_of_parameters(rule):
     generator = torch.Generator().manual_seed(3)
@@ -78,6 +95,10 @@ def test_scans_in_forward_mode_and_over_a_batch_of_parameters(rule):
         for step in (1e-6, -1e-6)
     )
     torch.testing.assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-7)
+
+    jacobians = jacrev(run, argnums=tuple(range(5)))(*inputs)
+    total = sum(j.flatten(3) @ d.flatten() for j, d in zip(jacobians, direction, strict=True))
+    torch.testing.assert_close(total, slope)
 
     u, delta, A, B, C = inputs
     rates = torch.stack([A, 2 * A, A / 3])

@@ -49,12 +49,14 @@ def bridge_cache(
 
     Args:
         cache: as `bridge.run_with_cache(tokens)` returns it
-        bridge: the model; needed for a Mamba, whose weights are in no cache
+        bridge: the model; needed for a Mamba, whose weights are in no cache, and for queries and
+            keys without their pattern
         steps: include `hook_A_bar` and `hook_B_bar`, each [batch pos channel d_state] per layer;
             `bridge_mixings` does without
 
     Raises:
-        ValueError: if nothing in the cache has a name here, or a state-space layer is not Mamba's
+        ValueError: if nothing in the cache has a name here, a state-space layer is not Mamba's, or
+            only queries and keys are cached of attention that is not known to be their softmax
     """
     require_cache("cache", cache)
     found: dict[str, Tensor] = {}
@@ -65,14 +67,10 @@ def bridge_cache(
         layer = name.rpartition(".")[0]
         seen = {f"{layer}.hook_pattern", f"{layer}.hook_attn_scores"} & found.keys()
         if not seen and not _plain_softmax(bridge):
+            why = "pass bridge=, or" if bridge is None else "this model windows, caps or rescales;"
             raise ValueError(
-                f"the pattern of {layer} cannot be rebuilt from its queries and keys alone: "
-                + (
-                    "pass bridge=, or "
-                    if bridge is None
-                    else "this model windows, caps or rescales; "
-                )
-                + f"cache {layer}.hook_pattern"
+                f"the pattern of {layer} cannot be rebuilt from its queries and keys alone: {why} "
+                f"cache {layer}.hook_pattern"
             )
     for layer, mixer in _mixers(cache, bridge):
         found |= _mamba_layer(cache, layer, mixer)

@@ -130,10 +130,10 @@ def _patterns(
     found: dict[str, Tensor] = {}
     for i, layer in zip(numbers, given, strict=True):
         if not isinstance(layer, Tensor) or layer.ndim != 4:
-            given = describe(layer) if isinstance(layer, Tensor) else type(layer).__name__
+            shown = describe(layer) if isinstance(layer, Tensor) else type(layer).__name__
             raise TypeError(
                 "attentions must be one tensor [batch head query key] per layer, got "
-                f"{given} for layer {i}; pass the output of a forward pass, or its "
+                f"{shown} for layer {i}; pass the output of a forward pass, or its "
                 "outputs.attentions"
             )
         kind = "cross_attn" if part == "cross" else "attn"

@@ -266,7 +266,7 @@ def _note(layers: dict[str, Mixing], options: RowOptions) -> str:
     if loose:
         return f"rows of {', '.join(loose)} do not sum to 1"
     fewer = options.exclude_bos or options.exclude_self or options.key_mask is not None
-    return "" if options.renormalise or not fewer else "rows without what is left out"
+    return "" if options.renormalise or not fewer else "rows not renormalised"
 
 
 def _require_examples(name: str, mixing: Mixing, n_examples: int) -> None:
