@@ -39,6 +39,14 @@ def test_starting_over_deletes_what_studies_write_and_nothing_else(tmp_path):
         open_study(out, Config(1))  # the block is over
 
 
+def test_starting_over_leaves_a_folder_alone_that_holds_no_study(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "report.html").write_text("mine")
+    with starting_over(True):
+        open_study(tmp_path, Config(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "runs", "study.json"]
+
+
 @pytest.mark.parametrize("name", ["pig-latin", "mamba-pig-latin", "smeared-keys", "long-context"])
 def test_data_that_is_not_there_costs_no_earlier_study(tmp_path, name, capsys):
     out = tmp_path / "out"
